@@ -1,0 +1,29 @@
+"""CRAFT: fine-tune a pretrained transformer by training a few tens of thousands of numbers shared by all its layers.
+
+A plug-in for Hugging Face PEFT. Importing this package registers its methods, so that `peft.get_peft_model`,
+`peft.PeftModel.from_pretrained` and everything around them take a `CraftConfig`. In a process that loads a saved
+adapter, import this package first.
+
+Example:
+    >>> from peft import get_peft_model
+    >>> from transformers import RobertaConfig, RobertaForSequenceClassification
+    >>> from craft_peft import CraftConfig
+    >>> config = RobertaConfig(
+    ...     hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=99
+    ... )
+    >>> base = RobertaForSequenceClassification(config)
+    >>> model = get_peft_model(base, CraftConfig(task_type="SEQ_CLS", ranks=(4, 16, 16)))
+    >>> sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "craft_" in n)
+    1056
+"""
+
+from .errors import CraftError as CraftError
+from .plugin.config import CraftConfig as CraftConfig
+from .plugin.registration import register_methods
+from .tucker import Tucker as Tucker
+from .tucker import explained_energy as explained_energy
+from .tucker import hosvd as hosvd
+from .tucker import mode_product as mode_product
+from .tucker import unfold as unfold
+
+register_methods()

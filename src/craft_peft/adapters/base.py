@@ -1,0 +1,151 @@
+r"""One interface for all tensor methods: what is added to the weight of layer l of a stack?
+
+A *stack* is the set of weights of one projection over the layers, all of one shape ``(out, in)``. An adapter belongs
+to one whole stack: what its layers share, it holds once.
+
+.. math:: W'_l = W_l + \Delta W_l, \qquad l = 0, \dots, L - 1
+
+A new method is one subclass here: it says how it starts (`initialise`) and what :math:`\Delta W_l` is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """The sizes of a stack: `layers` matrices of ``(d_out, d_in)``.
+
+    Example:
+        >>> StackShape(layers=12, d_out=768, d_in=768).matrix
+        (768, 768)
+    """
+
+    layers: int
+    d_out: int
+    d_in: int
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of one layer's weight."""
+        return self.d_out, self.d_in
+
+
+ReadWeights = Callable[[], Sequence[Tensor]]
+"""Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, when an adapter needs them."""
+
+
+class StackAdapter(nn.Module, ABC):
+    """What is added to the weights of one stack, held once for all its layers.
+
+    Trained tensors are parameters; what is frozen (bases taken from the pretrained weights) are buffers. The frozen
+    part is either computed from the weights (`initialise`) or loaded with a state dict. To save a decomposition that
+    loading would overwrite, `defer` postpones it until the tensors are first needed.
+
+    Args:
+        shape: the sizes of the stack.
+        scaling: the factor s on everything that is added.
+        dropout: the probability of dropping an input of the added part while training.
+    """
+
+    def __init__(self, shape: StackShape, *, scaling: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.scaling = scaling
+        self.dropout = dropout
+        self._deferred: ReadWeights | None = None
+
+    @abstractmethod
+    def initialise(self, weights: Sequence[Tensor]) -> None:
+        """Fill every frozen tensor from the pretrained weights, one ``(d_out, d_in)`` tensor a layer."""
+
+    @abstractmethod
+    def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
+        r"""The matrix :math:`\Delta W_l`, of shape ``(d_out, d_in)``, in the dtype of the trained tensors."""
+
+    def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        r"""What is added to the output of layer `layer`: :math:`x \Delta W_l^\top`, in the dtype of `x`.
+
+        Args:
+            layer: the index in the stack, from 0.
+            x: the input of the layer.
+        """
+        return F.linear(x, self.delta_weight(layer).to(x.dtype))
+
+    def defer(self, read_weights: ReadWeights) -> None:
+        """Call `initialise` on these weights when the frozen tensors are first used, unless they are loaded before."""
+        self._deferred = read_weights
+
+    @contextmanager
+    def still_deferred(self) -> Iterator[None]:
+        """Within it a deferred `initialise` stays deferred: for reading names and shapes, not values."""
+        held, self._deferred = self._deferred, None
+        try:
+            yield
+        finally:
+            self._deferred = held
+
+    def make_ready(self) -> None:
+        """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
+        if self._deferred is not None:
+            read_weights, self._deferred = self._deferred, None
+            self.initialise(read_weights())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in `torch.nn.Module`, with frozen tensors that were deferred computed first."""
+        self.make_ready()
+        return super().state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"layers={self.shape.layers}, d_out={self.shape.d_out}, d_in={self.shape.d_in}, scaling={self.scaling}"
+
+
+class FactoredStackAdapter(StackAdapter):
+    r"""An adapter whose matrices share their column and row space over the layers.
+
+    .. math:: \Delta W_l = s \cdot U K_l V^\top
+
+    with `out_factor` :math:`U` ``(d_out, r_out)``, `in_factor` :math:`V` ``(d_in, r_in)`` and one small
+    :math:`K_l` ``(r_out, r_in)`` a layer. The product with an input goes through three thin matrices: for the backward
+    pass it keeps ``x @ in_factor`` (tokens x r_in), neither ``x`` nor a matrix of the size of the weight.
+    """
+
+    out_factor: Float[Tensor, "d_out r_out"]
+    in_factor: Float[Tensor, "d_in r_in"]
+
+    @abstractmethod
+    def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
+        """The small matrix :math:`K_l` of a layer, without the scaling."""
+
+    def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
+        """``scaling * out_factor @ middle(layer) @ in_factor.T``."""
+        self.make_ready()
+        return self.out_factor @ (self.scaling * self.middle(layer)) @ self.in_factor.T
+
+    def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """``x @ delta_weight(layer).T``, through the thin factors: ``(d_in + d_out) * r`` products a token."""
+        self.make_ready()
+        middle = self.scaling * self.middle(layer)
+        hidden = F.linear(F.linear(x, self.in_factor.T.to(x.dtype)), middle.to(x.dtype))
+        return F.linear(hidden, self.out_factor.to(x.dtype))
+
+
+def stack_weights(weights: Sequence[Tensor]) -> Float[Tensor, "layers d_out d_in"]:
+    """The weights of a stack as one tensor, on the device of the first, without a gradient.
+
+    Example:
+        >>> stack_weights([torch.zeros(3, 4), torch.ones(3, 4)]).shape
+        torch.Size([2, 3, 4])
+    """
+    return torch.stack([weight.detach().to(weights[0].device) for weight in weights])

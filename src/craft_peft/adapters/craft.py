@@ -1,0 +1,193 @@
+r"""CRAFT: train one small square matrix a mode of the Tucker decomposition of a stack of pretrained weights.
+
+.. math::
+    W &\approx C \times_0 L \times_1 U \times_2 V \quad\text{(frozen)}, \qquad
+    W'_l = W_l + s \cdot U K_l V^\top, \\
+    K_l &= J_2\, C_l(J_1)\, J_3^\top - C_l(I), \qquad C_l(J) = \sum_a (L J)_{la}\, C_a .
+
+:math:`J_1, J_2, J_3` (of ranks r1, r2, r3) are trained and shared by all layers; they start at the identity, where
+:math:`K_l = 0` exactly. A stack trains :math:`r_1^2 + r_2^2 + r_3^2` numbers, whatever its width and depth.
+
+Reference:
+    CRAFT: Cross-layer Rank Adaptation via Frozen Tucker, arXiv 2602.17510: the residual form of the adapted weight,
+    ``W - T(I)`` fixed and ``T(J)`` trained, written so that the pretrained weight is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import CraftError
+from ..tucker import Decomposition, Tucker, hosvd
+from .base import FactoredStackAdapter, StackShape, stack_weights
+
+TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
+"""The trained matrices, in the order of the modes (0: layers, 1: out, 2: in)."""
+
+FROZEN = ("core", "layer_factor", "out_factor", "in_factor", "fingerprint")
+"""The frozen tensors: the decomposition, and what tells it apart from another."""
+
+_SAMPLES = 3  # entries of each layer's weight that go into the fingerprint
+
+
+class CraftAdapter(FactoredStackAdapter):
+    r"""CRAFT for one stack.
+
+    The trained tensors hold :math:`E = J - I`, so that they start at 0 and weight decay pulls to the pretrained
+    weight, not to 0. In :math:`E` the middle matrix is free of cancellation and exactly 0 at the start,
+
+    .. math:: K_l = D_l + E_2 S_l + (S_l + E_2 S_l) E_3^\top, \quad D_l = C_l(E_1), \quad S_l = C_l(I) + D_l .
+
+    Args:
+        shape: the sizes of the stack.
+        ranks: (layer, out, in) ranks, each from 1 to the size of its mode.
+        decomposition: how core and factors are found, see `craft_peft.tucker.hosvd`.
+        trained_modes: the modes (0, 1, 2) whose transform is trained; the others stay at the identity.
+        init_weights: False starts from random transforms instead of the identity (for tests).
+        save_factors: whether core and factors are part of the state dict. If not, they have to be computed again from
+            the same weights, and loading refuses weights with another fingerprint.
+        scaling: the factor s.
+        dropout: dropout on the input of the added part.
+
+    Raises:
+        CraftError: in `initialise`, for weights with NaN or infinity; in `load_state_dict`, for a state without
+            factors that was trained on other weights.
+
+    Example:
+        >>> adapter = CraftAdapter(StackShape(layers=6, d_out=16, d_in=12), ranks=(6, 4, 4))
+        >>> adapter.initialise([torch.randn(16, 12) for _ in range(6)])
+        >>> sum(parameter.numel() for parameter in adapter.parameters())
+        68
+        >>> bool((adapter.delta_weight(3) == 0).all())
+        True
+    """
+
+    core: Float[Tensor, "layer_rank out_rank in_rank"]
+    layer_factor: Float[Tensor, "layers layer_rank"]
+    fingerprint: Float[Tensor, " numbers"]
+    layer_transform: nn.Parameter | None
+    out_transform: nn.Parameter | None
+    in_transform: nn.Parameter | None
+
+    def __init__(
+        self,
+        shape: StackShape,
+        ranks: tuple[int, int, int],
+        *,
+        decomposition: Decomposition = "hosvd",
+        trained_modes: Collection[int] = (0, 1, 2),
+        init_weights: bool = True,
+        save_factors: bool = True,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(shape, scaling=scaling, dropout=dropout)
+        self.ranks = ranks
+        self.decomposition = decomposition
+        self.save_factors = save_factors
+        layer_rank, out_rank, in_rank = ranks
+        self.register_buffer("core", torch.zeros(ranks), persistent=save_factors)
+        self.register_buffer("layer_factor", torch.zeros(shape.layers, layer_rank), persistent=save_factors)
+        self.register_buffer("out_factor", torch.zeros(shape.d_out, out_rank), persistent=save_factors)
+        self.register_buffer("in_factor", torch.zeros(shape.d_in, in_rank), persistent=save_factors)
+        self.register_buffer("fingerprint", torch.zeros(shape.layers * (_SAMPLES + 1) + sum(ranks)))
+        for mode, (name, rank) in enumerate(zip(TRANSFORMS, ranks, strict=True)):
+            start = torch.zeros(rank, rank) if init_weights else torch.randn(rank, rank) / (2 * rank**0.5)
+            self.register_parameter(name, nn.Parameter(start) if mode in trained_modes else None)
+
+    def initialise(self, weights: Sequence[Tensor]) -> None:
+        """Decompose the stack and fill core, factors and fingerprint. Costs what `craft_peft.tucker.hosvd` costs."""
+        tucker = hosvd(stack_weights(weights), self.ranks, self.decomposition)
+        fingerprint = torch.cat([weights_fingerprint(weights), _basis_fingerprint(tucker)])
+        for name, tensor in zip(FROZEN, (tucker.core, *tucker.factors, fingerprint), strict=True):
+            # A new tensor, not a copy into the old one: that may be on the meta device after an empty start.
+            setattr(self, name, tensor.to(getattr(self, name).dtype))
+
+    def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
+        r""":math:`K_l`, in the expanded form. Cost ``r1 r2 r3 + r2 r3 (r2 + r3)``, nothing beside a batch."""
+        self.make_ready()
+        start = torch.tensordot(self.layer_factor[layer], self.core, dims=1)
+        moved = None
+        if self.layer_transform is not None:
+            moved = torch.tensordot(self.layer_factor[layer] @ self.layer_transform, self.core, dims=1)
+            start = start + moved
+        if self.out_transform is not None:
+            turned = self.out_transform @ start
+            moved = turned if moved is None else moved + turned
+            start = start + turned
+        if self.in_transform is not None:
+            turned = start @ self.in_transform.T
+            moved = turned if moved is None else moved + turned
+        return torch.zeros_like(start) if moved is None else moved
+
+    def transforms(self) -> dict[str, Float[Tensor, "rank rank"]]:
+        """The matrices J (identity plus what was trained) by name; the identity for a mode that is not trained."""
+        found = {}
+        for name, rank in zip(TRANSFORMS, self.ranks, strict=True):
+            offset = getattr(self, name)
+            identity = torch.eye(rank, device=self.core.device, dtype=self.core.dtype)
+            found[name] = identity if offset is None else identity + offset.detach()
+        return found
+
+    def extra_repr(self) -> str:
+        """Sizes and ranks, for `print(model)`."""
+        return f"{super().extra_repr()}, ranks={self.ranks}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        fingerprint = state_dict.get(prefix + "fingerprint")
+        if f"{prefix}core" in state_dict:
+            self._deferred = None  # core and factors come with the state: nothing is left to compute
+        elif fingerprint is not None:
+            self.make_ready()
+            self._check_same_bases(fingerprint)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_same_bases(self, saved: Tensor) -> None:
+        """Refuse a state whose transforms were trained in other bases than those computed from the present weights."""
+        own = self.fingerprint
+        weights, basis = self.shape.layers * (_SAMPLES + 1), sum(self.ranks)
+        if saved.shape != own.shape:
+            raise CraftError(
+                f"The adapter was saved without factors for a stack with a fingerprint of {saved.numel()} numbers; "
+                f"this stack has one of {own.numel()}. Load it on the base model and with the ranks that it was "
+                "trained with."
+            )
+        saved = saved.to(own)
+        same_weights = torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0)
+        if not same_weights or not torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3):
+            what = "base weights are not those" if not same_weights else "bases computed from the weights are not those"
+            raise CraftError(
+                f"The adapter was saved with save_factors=False and its {what} it was trained with, so its transforms "
+                "would mean something else. Load it on the very same base model, in the same dtype, or save it again "
+                "with save_factors=True where it was trained."
+            )
+
+
+def weights_fingerprint(weights: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
+    """Norm and three fixed entries of each layer's weight: tells base models apart in one pass over the weights.
+
+    Example:
+        >>> weights_fingerprint([torch.eye(2)])
+        tensor([1.4142, 1.0000, 0.0000, 1.0000])
+    """
+    rows = []
+    for weight in weights:
+        flat = weight.detach().reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+        norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+        rows.append(torch.cat([norm.reshape(1), flat[places.to(flat.device)].double()]))
+    return torch.cat([row.to(rows[0].device) for row in rows]).float()
+
+
+def _basis_fingerprint(tucker: Tucker) -> Tensor:
+    """One number a basis vector, its product with a fixed vector: changes when a sign flips or two vectors turn."""
+    numbers = []
+    for factor in tucker.factors:
+        probe = torch.cos(torch.arange(factor.shape[0], dtype=torch.float64, device=factor.device))
+        numbers.append(probe @ factor.double())
+    return torch.cat(numbers).float()

@@ -1,0 +1,143 @@
+"""The adapted linear layer: forward, merge and unmerge, once for all methods."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..adapters.base import StackAdapter
+from ..errors import CraftError
+from .stacks import oriented
+
+
+class StackSlot(nn.Module):
+    """One layer's place in a stack: the stack's adapter and the layer's index in it.
+
+    The adapter is held without being registered. It is registered once, by the layer that owns it, so that its tensors
+    appear once among the parameters and in the state dict. The index is registered by every layer: it tells PEFT, from
+    the keys of a saved adapter, which layers have one.
+    """
+
+    def __init__(self, adapter: StackAdapter, layer: int, *, persistent: bool) -> None:
+        super().__init__()
+        self._unregistered = (adapter,)  # in a tuple, because a module that is set as an attribute gets registered
+        self.layer = layer
+        self.register_buffer("index", torch.tensor(layer), persistent=persistent)
+
+    @property
+    def adapter(self) -> StackAdapter:
+        """The adapter of the stack."""
+        return self._unregistered[0]
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        """What the adapter adds to this layer's output."""
+        return self.adapter.delta_output(self.layer, F.dropout(x, self.adapter.dropout, self.training))
+
+
+class StackedLinear(nn.Module, BaseTunerLayer):
+    r"""A linear layer whose adapters belong to stacks: :math:`y = x W_l^\top + b + \sum_a x (\Delta W_l^a)^\top`.
+
+    Args:
+        base_layer: the pretrained `torch.nn.Linear` or transformers' `Conv1D`.
+        prefix: the method's prefix in names of tensors, such as ``craft_``.
+    """
+
+    def __init__(self, base_layer: nn.Module, prefix: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        # PEFT finds a method's tensors by its prefix. `slots` has an entry for every adapter of this layer, `owned`
+        # for those whose stack this layer is the first of.
+        self._slots_name, self._owned_name = f"{prefix}slots", f"{prefix}adapters"
+        self.adapter_layer_names = (self._slots_name, self._owned_name)
+        self.add_module(self._slots_name, nn.ModuleDict())
+        self.add_module(self._owned_name, nn.ModuleDict())
+        self.merged_adapters: list[str] = []
+        self.train(base_layer.training)
+
+    @property
+    def slots(self) -> nn.ModuleDict:
+        """This layer's place in the stack of each adapter, by adapter name."""
+        return cast(nn.ModuleDict, getattr(self, self._slots_name))
+
+    @property
+    def in_features(self) -> int:
+        """As in the base layer; code that looks at a linear layer's sizes finds them."""
+        return self.get_base_layer().in_features
+
+    @property
+    def out_features(self) -> int:
+        """As in the base layer."""
+        return self.get_base_layer().out_features
+
+    def update_layer(self, adapter_name: str, slot: StackSlot, *, owner: bool) -> None:
+        """Add an adapter: its place here, and, for the first layer of the stack, the adapter itself."""
+        self.slots[adapter_name] = slot.train(self.training)
+        if owner:
+            getattr(self, self._owned_name)[adapter_name] = slot.adapter.train(self.training)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus what every active adapter adds."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        slots = self.slots
+        for name in self.active_adapters:
+            if name in slots:
+                result = result + slots[name].delta_output(x).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base weight, in the base weight's layout."""
+        slot = cast(StackSlot, self.slots[adapter_name])
+        return oriented(self.get_base_layer(), slot.adapter.delta_weight(slot.layer))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weight.
+
+        Args:
+            safe_merge: refuse, and change nothing, if the merged weight would hold NaN or infinity.
+            adapter_names: which; default: the active ones.
+
+        Raises:
+            CraftError: with `safe_merge`, for a merged weight that is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.slots:
+                merged = self._weight_plus(1, name)
+                if safe_merge and not torch.isfinite(merged).all():
+                    raise CraftError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was "
+                        "merged into this layer."
+                    )
+                self.get_base_layer().weight.data = merged
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract what `merge` added."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.slots:
+                self.get_base_layer().weight.data = self._weight_plus(-1, name)
+
+    def _weight_plus(self, sign: int, adapter_name: str) -> Tensor:
+        """The base weight plus or minus a delta: added in the delta's precision, rounded once to the weight's dtype."""
+        weight = self.get_base_layer().weight.data
+        delta = self.get_delta_weight(adapter_name).detach()
+        return (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # As in PEFT, but without its cast to the base layer's dtype: transforms and factors stay in float32.
+        target = device if device is not None else self.get_base_layer().weight.device
+        for name in self.adapter_layer_names:
+            module = getattr(self, name)
+            if adapter_name in module and not any(tensor.is_meta for tensor in module[adapter_name].parameters()):
+                module[adapter_name].to(target)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.adapter_layer_names[0].split('_')[0]}) {super().__repr__()}"

@@ -1,0 +1,142 @@
+"""The tuner: builds one adapter a stack and puts adapted layers into the model, once for all methods."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from ..adapters.base import StackAdapter
+from ..errors import CraftError
+from .config import StackConfig
+from .layer import StackedLinear, StackSlot
+from .stacks import Stack, collect_stacks, explain_no_match
+
+logger = logging.getLogger(__name__)
+
+QUERY_AND_VALUE = {
+    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    # PEFT's table adds the feed-forward layers here; a stack is a projection of the attention.
+    "phi": ["q_proj", "v_proj"],
+    # Missing in PEFT's table.
+    "distilbert": ["q_lin", "v_lin"],
+    "modernbert": ["Wqkv"],
+    "vit": ["query", "value"],
+    "whisper": ["q_proj", "v_proj"],
+}
+"""Default target modules by model type."""
+
+
+class StackTuner(BaseTuner):
+    """Wraps a model: finds the stacks, builds their adapters, replaces the modules.
+
+    All checks and the decomposition run before the first module is replaced, so that a refused model is left as it was.
+    A method is a subclass that says its `prefix`.
+    """
+
+    tuner_layer_cls = StackedLinear
+    target_module_mapping = QUERY_AND_VALUE
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As in PEFT. See `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
+        # What the hooks below need to know of this one injection; PEFT does not pass it on to them.
+        self._low_cpu_mem_usage, self._saved_keys = low_cpu_mem_usage, None if state_dict is None else list(state_dict)
+        self._slots: dict[str, tuple[StackSlot, bool]] = {}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self._slots = {}
+
+    def _prepare_model(self, peft_config: StackConfig, model: nn.Module) -> None:
+        """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
+        stacks = collect_stacks(self._targets(peft_config, model))
+        adapters = [peft_config.build_adapter(stack.name, stack.shape) for stack in stacks]
+        _say_ranks(peft_config, stacks, adapters)
+        for stack, adapter in zip(stacks, adapters, strict=True):
+            _place(adapter, stack, self._low_cpu_mem_usage)
+            if peft_config._read_from_file and peft_config.saves_what_it_derived:
+                adapter.defer(stack.read_weights)
+            else:
+                adapter.initialise(stack.read_weights())
+            for layer, key in enumerate(stack.keys):
+                slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
+                self._slots[key] = (slot, layer == 0)
+
+    def _targets(self, config: StackConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Path and linear module of every target, by the config or by the keys of a saved adapter."""
+        _maybe_include_all_linear_layers(config, model)
+        saved = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in self._saved_keys or ()}
+        targets: list[tuple[str, nn.Module]] = []
+        inside: tuple[str, ...] = ()
+        for key, module in model.named_modules():
+            if not key or key.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, key + ".")
+            matches = self._check_target_module_exists(config, key) if self._saved_keys is None else key in saved
+            if matches:
+                if getattr(module, "merged", False):
+                    raise CraftError(
+                        f"The adapter(s) {module.merged_adapters} are merged into '{key}', so its weight is not the "
+                        "pretrained one. Call `unmerge_adapter()` before you add another adapter."
+                    )
+                targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
+        if not targets:
+            raise explain_no_match(config.target_modules, model)
+        return targets
+
+    def _create_and_replace(
+        self,
+        peft_config: StackConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        slot, owner = self._slots[current_key]
+        if not isinstance(target, StackedLinear):
+            target = StackedLinear(target, self.prefix)
+            self._replace_module(parent, target_name, target, target)
+        target.update_layer(adapter_name, slot, owner=owner)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version also copies the child's weight and moves the adapter. Ours has nothing to copy, its adapters
+        # are made in their place, and copying fails on heads without a weight of their own.
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+        # PEFT reads the names in `model.state_dict()` here, not the values: what is about to be loaded stays deferred.
+        with ExitStack() as stack:
+            for module in model.modules():
+                if isinstance(module, StackAdapter):
+                    stack.enter_context(module.still_deferred())
+            return super()._remap_adapter_state_dict_for_load(model=model, **kwargs)
+
+
+def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None:
+    """Put a new adapter where the base weights are, in at least float32; on the meta device if loading will fill it."""
+    weight = cast(Tensor, stack.modules[0].weight)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    # The parameters are there already when PEFT builds the whole tuner under accelerate's `init_empty_weights`.
+    empty = low_cpu_mem_usage or any(parameter.is_meta for parameter in adapter.parameters())
+    adapter.to(device="meta" if empty else weight.device, dtype=dtype)
+
+
+def _say_ranks(config: StackConfig, stacks: list[Stack], adapters: list[StackAdapter]) -> None:
+    """Tell what a default became, unless the adapter comes from a file."""
+    if getattr(config, "ranks", None) == "paper" and not config._read_from_file:
+        for stack, adapter in zip(stacks, adapters, strict=True):
+            logger.info("ranks='paper' became %s for stack '%s' (%s).", adapter.ranks, stack.name, stack.shape)
