@@ -86,7 +86,9 @@ def gradients_are_right(method: Method) -> None:
     x = torch.randn(3, SHAPE.d_in, dtype=torch.float64, requires_grad=True)
 
     def output(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(_Output(adapter), {f"adapter.{n}": v for n, v in zip(names, values)}, (x,))
+        return torch.func.functional_call(
+            _Output(adapter), {f"adapter.{n}": v for n, v in zip(names, values, strict=False)}, (x,)
+        )
 
     assert torch.autograd.gradcheck(output, (x, *(p.detach().requires_grad_() for p in adapter.parameters())))
 
@@ -156,9 +158,13 @@ def merges_and_unmerges(method: Method) -> None:
         assert_close(logits(model), adapted, products=1000)
         for name, weight in base.state_dict().items():
             kept = model.get_base_model().state_dict()
-            found = kept[name if name in kept else name.replace(".weight", ".base_layer.weight")
-                         if name.replace(".weight", ".base_layer.weight") in kept
-                         else name.replace(".bias", ".base_layer.bias")]
+            found = kept[
+                name
+                if name in kept
+                else name.replace(".weight", ".base_layer.weight")
+                if name.replace(".weight", ".base_layer.weight") in kept
+                else name.replace(".bias", ".base_layer.bias")
+            ]
             assert_close(found, weight, products=1) if weight.is_floating_point() else None
         merged = model.merge_and_unload(safe_merge=True)
         assert_close(logits(merged), adapted, products=1000)
@@ -209,7 +215,7 @@ def resumes_training(method: Method) -> None:
 
 
 def keeps_two_adapters_apart(method: Method) -> None:
-    model, base = moved(method)
+    model, _base = moved(method)
     first = logits(model)
     torch.manual_seed(2)
     model.add_adapter("second", method.config(task_type="SEQ_CLS", target_modules=["key", "value"], init_weights=False))
@@ -229,7 +235,7 @@ def keeps_two_adapters_apart(method: Method) -> None:
 
 
 def survives_losing_its_first_adapter(method: Method) -> None:
-    model, base = moved(method)
+    model, _base = moved(method)
     torch.manual_seed(2)
     model.add_adapter("second", method.config(task_type="SEQ_CLS", target_modules=TARGETS, init_weights=False))
     model.set_adapter("second")

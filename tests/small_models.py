@@ -15,10 +15,12 @@ from transformers import (
 LAYERS, WIDTH = 3, 16
 
 
-def bert(dtype: torch.dtype = torch.float32, seed: int = 0) -> BertForSequenceClassification:
+def bert(
+    dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = LAYERS, width: int = WIDTH
+) -> BertForSequenceClassification:
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=50, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=WIDTH
+        vocab_size=50, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=width
     )
     return BertForSequenceClassification(config).to(dtype).eval()
 

@@ -21,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import CraftError
+
 
 @dataclass(frozen=True)
 class StackShape:
@@ -104,6 +106,17 @@ class StackAdapter(nn.Module, ABC):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.make_ready()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Refuse saved tensors of other shapes before any is loaded; torch would name each, but not the reason."""
+        for name, own in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != own.shape:
+                raise CraftError(
+                    f"The saved adapter does not fit this base model: '{prefix}{name}' was saved with the shape "
+                    f"{tuple(saved.shape)} and needs {tuple(own.shape)} for {self.shape.layers} layers of "
+                    f"{self.shape.d_out} x {self.shape.d_in} weights. Load it on the base model that it was trained on."
+                )
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

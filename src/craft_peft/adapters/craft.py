@@ -139,6 +139,7 @@ class CraftAdapter(FactoredStackAdapter):
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._check_shapes(state_dict, prefix)
         fingerprint = state_dict.get(prefix + "fingerprint")
         if f"{prefix}core" in state_dict:
             self._deferred = None  # core and factors come with the state: nothing is left to compute
@@ -151,12 +152,6 @@ class CraftAdapter(FactoredStackAdapter):
         """Refuse a state whose transforms were trained in other bases than those computed from the present weights."""
         own = self.fingerprint
         weights, basis = self.shape.layers * (_SAMPLES + 1), sum(self.ranks)
-        if saved.shape != own.shape:
-            raise CraftError(
-                f"The adapter was saved without factors for a stack with a fingerprint of {saved.numel()} numbers; "
-                f"this stack has one of {own.numel()}. Load it on the base model and with the ranks that it was "
-                "trained with."
-            )
         saved = saved.to(own)
         same_weights = torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0)
         if not same_weights or not torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3):

@@ -1,0 +1,90 @@
+"""The table of methods, their configs and recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from craft_peft import CraftConfig, CraftError
+from craft_peft.glue.methods import METHODS, MethodOptions, Recipe, find_method, make_peft_config
+from craft_peft.glue.settings import TrainingConfig
+
+
+def test_methods_of_the_table() -> None:
+    assert set(METHODS) >= {"craft", "lora", "head", "full"}
+    assert METHODS["full"].trains_base and not METHODS["head"].trains_base
+
+
+def test_craft_takes_three_ranks_and_modules() -> None:
+    config = make_peft_config("craft", MethodOptions(ranks=(2, 8, 8), target_modules=("query",)))
+    assert isinstance(config, CraftConfig)
+    assert (config.ranks, config.target_modules) == ((2, 8, 8), {"query"})
+
+
+def test_craft_defaults_to_the_paper() -> None:
+    assert make_peft_config("craft", MethodOptions()).ranks == "paper"
+
+
+def test_lora_has_rank_eight_and_scaling_one() -> None:
+    config = make_peft_config("lora", MethodOptions())
+    assert (config.r, config.lora_alpha) == (8, 8)
+
+
+def test_extra_options_reach_the_config() -> None:
+    assert make_peft_config("lora", MethodOptions(extra={"lora_alpha": 32})).lora_alpha == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lora", MethodOptions(ranks=(8, 8)), r"ranks=\(8, 8\) does not fit LoRA, which takes one positive rank"),
+        ("lora", MethodOptions(ranks=(0,)), r"ranks=\(0,\) does not fit LoRA"),
+        ("lora", MethodOptions(extra={"ranq": 1}), r"Method `lora` does not take these options: .*ranq"),
+        ("head", MethodOptions(ranks=(8,)), r"Method `head` adds nothing to the model"),
+        ("craft", MethodOptions(ranks=(8,)), r"ranks=\(8,\) has to be 'paper' or three whole numbers"),
+        ("lorra", MethodOptions(), r"Unknown method `lorra`\. Did you mean `lora`\?"),
+    ],
+)
+def test_options_that_do_not_fit(name: str, options: MethodOptions, message: str) -> None:
+    with pytest.raises(CraftError, match=message):
+        make_peft_config(name, options)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("head_learning_rate", -1.0),
+        ("warmup_ratio", 1.0),
+        ("weight_decay", -0.1),
+        ("head_weight_decay", float("inf")),
+        ("clip", 0.0),
+        ("batch_size", 0),
+        ("max_length", 3),
+        ("epochs", 0),
+    ],
+)
+def test_recipe_refuses_numbers_out_of_range(field: str, value: float) -> None:
+    with pytest.raises(CraftError, match=f"{field}=.* cannot be used: it must be"):
+        Recipe(**{field: value})
+
+
+def test_config_goes_before_recipe_goes_before_method() -> None:
+    config = TrainingConfig(output="x", model="y", method="lora", recipe=Recipe(clip=5.0, batch_size=8), batch_size=4)
+    recipe = config.resolve_recipe(task_epochs=7)
+    assert (recipe.batch_size, recipe.clip, recipe.epochs) == (4, 5.0, 7)
+    assert TrainingConfig(output="x", model="y", method="lora").resolve_recipe(7).learning_rate == 4e-4
+
+
+def test_every_number_of_the_command_is_one_of_the_recipe() -> None:
+    from craft_peft.cli.train import RECIPE_HELP
+
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    assert set(RECIPE_HELP) <= names & {field.name for field in dataclasses.fields(TrainingConfig)}
+
+
+def test_unknown_method_lists_all() -> None:
+    with pytest.raises(CraftError, match="The methods are: craft, lora, head, full"):
+        find_method("nothing")
