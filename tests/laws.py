@@ -244,6 +244,23 @@ def survives_losing_its_first_adapter(method: Method) -> None:
     assert torch.equal(logits(model), second)
 
 
+def mixes_adapters_in_a_batch(method: Method) -> None:
+    model, base = moved(method)
+    torch.manual_seed(2)
+    model.add_adapter("second", method.config(task_type="SEQ_CLS", target_modules=["key", "value"], init_weights=False))
+    model.eval()
+    rows = tokens()[0].repeat(4, 1)
+    expected = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        expected[name] = model(rows).logits[0]
+    mixed = model(rows, adapter_names=["second", "__base__", "default", "second"]).logits
+    assert_close(mixed[0], expected["second"], products=200)
+    assert_close(mixed[2], expected["default"], products=200)
+    assert torch.equal(mixed[0], mixed[3])
+    assert_close(mixed[1], base(rows).logits[0], products=200)
+
+
 def works_without_peft_model(method: Method) -> None:
     base, fields = bert(), {"target_modules": TARGETS, "init_weights": False}
     torch.manual_seed(1)
@@ -308,6 +325,7 @@ MODEL_LAWS = [
     resumes_training,
     keeps_two_adapters_apart,
     survives_losing_its_first_adapter,
+    mixes_adapters_in_a_batch,
     works_without_peft_model,
     survives_copying,
     checkpoints_gradients,

@@ -13,7 +13,7 @@ from laws import TARGETS, moved
 from method_table import METHODS
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
-from small_models import bert, gpt2, logits, roberta
+from small_models import bert, gpt2, logits, roberta, tokens
 from torch import nn
 
 from craft_peft import CraftConfig, CraftError
@@ -325,6 +325,23 @@ def test_an_adapter_beside_a_merged_one_is_refused():
     model.merge_adapter()
     with pytest.raises(CraftError, match=r"merged into 'bert.encoder.layer.0.*unmerge_adapter"):
         model.add_adapter("second", CRAFT.config(target_modules=TARGETS))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "names", "message"),
+    [
+        (lambda model: model.train(), ["default", "default"], "when the model is in training mode"),
+        (lambda model: model, ["default", "defult"], r"non-existing adapter\(s\): defult. The model has default"),
+        (lambda model: model, ["default"], r"number of inputs, but got 1 and 2 respectively"),
+        (lambda model: model.merge_adapter(), ["default", "__base__"], "when there are merged adapters"),
+    ],
+)
+def test_a_bad_mixed_batch_is_refused(prepare, names, message):
+    model, _ = moved(CRAFT)
+    prepare(model)
+    with pytest.raises(CraftError, match=message):
+        model(tokens(), adapter_names=names)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_safe_merge_refuses_a_broken_adapter():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -79,17 +80,49 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         if owner:
             getattr(self, self._owned_name)[adapter_name] = slot.adapter.train(self.training)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus what every active adapter adds."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus what every active adapter adds.
+
+        Args:
+            x: the input.
+            args: passed on to the base layer.
+            adapter_names: instead of the active adapters, one adapter for each row of the batch.
+            kwargs: passed on to the base layer.
+
+        Raises:
+            CraftError: `adapter_names` of another length than the batch, or while an adapter is merged.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
+            return result
+        if adapter_names is not None:
+            return self._add_by_row(result, x, adapter_names)
+        if self.merged:
             return result
         slots = self.slots
         for name in self.active_adapters:
             if name in slots:
                 result = result + slots[name].delta_output(x).to(result.dtype)
+        return result
+
+    def _add_by_row(self, result: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        if self.merged:
+            raise CraftError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if len(adapter_names) != len(x):
+            raise CraftError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        slots = self.slots
+        for name in dict.fromkeys(adapter_names):
+            if name in slots:
+                rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+                added = slots[name].delta_output(x[rows]).to(result.dtype)
+                result = result.index_add(0, torch.tensor(rows, device=result.device), added)
         return result
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from ..adapters.base import StackAdapter
 from ..errors import CraftError
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
+from .mixed_batches import rows_use
 from .stacks import Stack, collect_stacks, explain_no_match
 
 logger = logging.getLogger(__name__)
@@ -115,6 +117,15 @@ class StackTuner(BaseTuner):
         # PEFT's version also copies the child's weight and moves the adapter. Ours has nothing to copy, its adapters
         # are made in their place, and copying fails on heads without a weight of their own.
         setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT enters this around forward and generate with their arguments.
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        with rows_use(self.model, kwargs["adapter_names"], list(self.peft_config), kwargs.get("num_beams")):
+            yield
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
