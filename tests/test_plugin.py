@@ -54,6 +54,18 @@ def test_counts_in_a_model():
     assert model.get_nb_trainable_parameters()[0] == 40_288
 
 
+def test_the_default_says_what_it_became(caplog):
+    get_peft_model(roberta(layers=5, width=104), CraftConfig(target_modules=TARGETS))
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "ranks='paper' became (5, 100, 100) for stack 'query'",
+        "ranks='paper' became (5, 100, 100) for stack 'value'",
+    ]
+    caplog.clear()
+    get_peft_model(roberta(layers=5, width=104), CraftConfig(target_modules=TARGETS))
+    get_peft_model(roberta(layers=24, width=104), CraftConfig(target_modules=TARGETS))
+    assert not caplog.records, "said again, or without need"
+
+
 def test_trained_modes_leave_the_others_at_the_identity():
     for modes in [(0,), (1,), (2,), (0, 2)]:
         adapter = CraftConfig(ranks=(2, 4, 3), trained_modes=modes, init_weights=False).build_adapter(

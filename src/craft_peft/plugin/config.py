@@ -97,6 +97,10 @@ class StackConfig(PeftConfig):
             shape: its sizes.
         """
 
+    def explain_defaults(self, name: str, shape: StackShape) -> list[str]:
+        """What a default became for one stack, in sentences, where a user may not expect it."""
+        return []
+
     @property
     def saves_what_it_derived(self) -> bool:
         """Whether a saved adapter holds everything that `initialise` computes from the base weights."""
@@ -148,15 +152,15 @@ class CraftConfig(StackConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType["CRAFT"]  # registered on import of the package
-        if not isinstance(self.ranks, str):
-            self.ranks = tuple(self.ranks) if isinstance(self.ranks, list | tuple) else (self.ranks,)  # JSON has lists
+        if isinstance(self.ranks, list):  # as JSON has them
+            self.ranks = tuple(self.ranks)
         self.trained_modes = tuple(self.trained_modes)
         super().__post_init__()
 
     def _check_fields(self) -> None:
         super()._check_fields()
         if self.ranks != "paper":
-            if isinstance(self.ranks, str) or len(self.ranks) != 3:
+            if not isinstance(self.ranks, tuple) or len(self.ranks) != 3:
                 raise CraftError(
                     f"ranks={self.ranks!r} has to be 'paper' or three whole numbers (layer, out, in), such as "
                     "(12, 100, 100)."
@@ -200,6 +204,16 @@ class CraftConfig(StackConfig):
                     f"Use `ranks={largest}` to keep them all."
                 )
         return largest
+
+    def explain_defaults(self, name: str, shape: StackShape) -> list[str]:
+        """Says so if a stack is too small for the paper's ranks."""
+        ranks = self.resolve_ranks(name, shape)
+        if self.ranks != "paper" or ranks == PAPER_RANKS:
+            return []
+        return [
+            f"ranks='paper' became {ranks} for stack '{name}': the paper's {PAPER_RANKS}, each at most the size of its "
+            f"mode (here {shape.layers} layers, {shape.d_out} outputs, {shape.d_in} inputs)."
+        ]
 
     def build_adapter(self, name: str, shape: StackShape) -> CraftAdapter:
         """The CRAFT adapter of one stack, before its decomposition."""

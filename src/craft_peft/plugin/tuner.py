@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -63,7 +64,10 @@ class StackTuner(BaseTuner):
         """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
         stacks = collect_stacks(self._targets(peft_config, model))
         adapters = [peft_config.build_adapter(stack.name, stack.shape) for stack in stacks]
-        _say_ranks(peft_config, stacks, adapters)
+        if not peft_config._read_from_file:
+            for stack in stacks:
+                for sentence in peft_config.explain_defaults(stack.name, stack.shape):
+                    _say_once(sentence)
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
             if peft_config._read_from_file and peft_config.saves_what_it_derived:
@@ -146,8 +150,6 @@ def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None
     adapter.to(device="meta" if empty else weight.device, dtype=dtype)
 
 
-def _say_ranks(config: StackConfig, stacks: list[Stack], adapters: list[StackAdapter]) -> None:
-    """Tell what a default became, unless the adapter comes from a file."""
-    if getattr(config, "ranks", None) == "paper" and not config._read_from_file:
-        for stack, adapter in zip(stacks, adapters, strict=True):
-            logger.info("ranks='paper' became %s for stack '%s' (%s).", adapter.ranks, stack.name, stack.shape)
+@cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)
