@@ -1,0 +1,1 @@
+"""The command `craft-peft`: `main`, and one module a command."""

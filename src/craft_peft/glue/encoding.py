@@ -1,0 +1,46 @@
+"""Texts to token numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import CraftError
+
+
+def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    """Turns texts into token numbers.
+
+    Args:
+        rows: Columns `text`, perhaps `text_pair`, and perhaps `label`.
+        tokenizer: The tokenizer.
+        max_length: Longer rows are cut.
+
+    Returns:
+        The model's inputs, with `labels` where there were labels; nothing is padded yet.
+    """
+
+    def batch(columns: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = dict(tokenizer(columns["text"], columns.get("text_pair"), truncation=True, max_length=max_length))
+        return encoded | ({"labels": columns["label"]} if "label" in columns else {})
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return rows.map(batch, batched=True, remove_columns=rows.column_names)
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def check_length(max_length: int, model: PreTrainedModel, name: str) -> None:
+    """Raises a `CraftError` if rows may be longer than the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise CraftError(
+            f"max_length={max_length} is longer than the {positions} positions of `{name}`. Use at most "
+            f"`--max-length {positions}`."
+        )

@@ -1,0 +1,67 @@
+"""Where a result comes from: versions, commit, processor, memory."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("craft-peft", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "scipy", "numpy")
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that can change a result."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def find_commit() -> str | None:
+    """The commit of this package's source, with `-dirty` after local changes; None outside its repository."""
+    source = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            ended = subprocess.run(["git", *arguments], cwd=source.parent, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return ended.stdout.strip() if ended.returncode == 0 else None
+
+    # An environment may lie inside somebody else's repository: only one that tracks this very file is ours.
+    if git("ls-files", "--error-unmatch", source.name) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}-dirty" if commit and git("status", "--porcelain", "--", str(source.parents[1])) else commit
+
+
+def describe_processor() -> str:
+    """Name of the GPU if there is one, else of the processor, with the number of threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak memory of this process so far: of the CUDA allocator if a GPU is used, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

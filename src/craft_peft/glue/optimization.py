@@ -1,0 +1,220 @@
+"""How a run is optimised: parameter groups, the trainer's arguments, progress, and the curve that it leaves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..errors import CraftError
+from .methods import Recipe
+from .metrics import compute_metrics, mean_score
+from .models import is_head_parameter
+from .results import EpochRecord
+from .tasks import Task
+
+HELD_OUT = "held_out"
+LOSS_POINTS = 100
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The trained parameters in two groups, adapter (or encoder) first, head second, each with its rate and decay.
+
+    Args:
+        model: The model to train.
+        recipe: Rates and decays.
+
+    Returns:
+        Groups for an optimizer; a group without parameters is left out.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = [parameter for name, parameter in trained if is_head_parameter(name, model)]
+    adapter = [parameter for name, parameter in trained if not is_head_parameter(name, model)]
+    groups = [
+        {"name": "adapter", "params": adapter, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
+        {"name": "head", "params": head, "lr": recipe.head_learning_rate, "weight_decay": recipe.head_weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def trainer_arguments(folder: Path, recipe: Recipe, seed: int, precision: str, steps: int) -> TrainingArguments:
+    """The trainer's arguments for a run.
+
+    Args:
+        folder: Where checkpoints go.
+        recipe: The recipe, with epochs decided.
+        seed: Decides the order of the rows and dropout.
+        precision: "float32" or "bf16".
+        steps: Optimizer steps of the whole run.
+
+    Returns:
+        Arguments that log the loss about a hundred times, and evaluate and save after each epoch.
+    """
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=recipe.epochs or 1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        lr_scheduler_type="linear",
+        warmup_steps=round(recipe.warmup_ratio * steps),
+        max_grad_norm=recipe.clip,
+        bf16=precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        logging_steps=max(1, steps // LOSS_POINTS),
+        # A loss of NaN must be seen, not averaged away.
+        logging_nan_inf_filter=False,
+        log_level="error",
+        disable_tqdm=True,
+        report_to="none",
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def measure(task: Task, prediction: EvalPrediction) -> dict[str, float]:
+    """Metrics of what a trainer predicted.
+
+    Args:
+        task: Names the metrics.
+        prediction: Logits and labels.
+
+    Returns:
+        As `compute_metrics`.
+
+    Raises:
+        CraftError: The model returned NaN or infinity.
+    """
+    logits = prediction.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    if not np.isfinite(logits).all():
+        raise CraftError(
+            "Training diverged: the model's outputs are not finite. Use a lower `--learning-rate`, or a longer warm-up."
+        )
+    return compute_metrics(task, logits, np.asarray(prediction.label_ids))
+
+
+class Watch(TrainerCallback):
+    """Shows the progress of training, keeps its time across interruptions, and stops it when the loss is lost.
+
+    Args:
+        console: Where to show it.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        self.start = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock where the resumed run left it."""
+        earlier = [entry["elapsed"] for entry in state.log_history if "elapsed" in entry]
+        self.start = time.perf_counter() - (earlier[-1] if earlier else 0.0)
+        self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Moves the bar."""
+        self.progress.update(self.bar, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Stops a run whose loss is NaN or infinite."""
+        if not np.isfinite(logs.get("loss", 0.0)):
+            raise CraftError(
+                f"Training diverged: the loss is {logs['loss']} at step {state.global_step} of {state.max_steps}. Use "
+                "a lower `--learning-rate`, or a longer warm-up."
+            )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
+    ) -> None:
+        """Keeps the time with the scores, in the part of the state that checkpoints hold."""
+        state.log_history.append({"step": state.global_step, "elapsed": time.perf_counter() - self.start})
+
+    def close(self) -> None:
+        """Leaves the terminal as it was, however training ended."""
+        self.progress.stop()
+
+
+def read_curve(log: list[dict[str, Any]], task: Task, dev_sets: list[str], steps_an_epoch: int) -> list[EpochRecord]:
+    """Makes one record an epoch of what the trainer logged.
+
+    Args:
+        log: The trainer's log history.
+        task: Names the metrics.
+        dev_sets: Names of the development sets.
+        steps_an_epoch: Optimizer steps an epoch.
+
+    Returns:
+        The records in order.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for entry in log:
+        by_step.setdefault(entry["step"], {}).update(entry)
+    records = []
+    for step in sorted(step for step, values in by_step.items() if f"eval_{dev_sets[0]}_score" in values):
+        values = by_step[step]
+        metrics = {
+            name: {metric: values[f"eval_{name}_{metric}"] for metric in (*task.metrics, "score")} for name in dev_sets
+        }
+        losses = [entry["loss"] for entry in log if "loss" in entry and step - steps_an_epoch < entry["step"] <= step]
+        records.append(
+            EpochRecord(
+                epoch=round(step / steps_an_epoch),
+                metrics=metrics,
+                score=mean_score(metrics),
+                held_out_score=values.get(f"eval_{HELD_OUT}_score"),
+                train_loss=float(np.mean(losses)) if losses else None,
+                seconds=values["elapsed"],
+            )
+        )
+    return records
+
+
+class RunTrainer(Trainer):
+    """The `transformers` trainer with our two parameter groups.
+
+    Args:
+        recipe: Rates and decays.
+        arguments: What `Trainer` takes.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, recipe: Recipe, **arguments: Any) -> None:
+        self.recipe = recipe
+        super().__init__(**arguments)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over `parameter_groups`."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(model or self.model, self.recipe),
+                betas=(0.9, self.recipe.beta2),
+                eps=self.recipe.epsilon,
+            )
+        return self.optimizer

@@ -1,0 +1,140 @@
+"""What a run is asked to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CraftError
+from .data import TextData, read_glue, read_own
+from .methods import Recipe, find_method
+from .tasks import find_task
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What to train, on what, and how. Every number left at None comes from the method's recipe.
+
+    Args:
+        output: Folder for the run; new, empty, or an earlier run with `resume` or `overwrite`.
+        model: Base model: a name on the Hub or a folder.
+        method: A key of `craft_peft.glue.methods.METHODS`.
+        task: A GLUE task; None for a table of your own.
+        data: For a GLUE task the folder of the official download (None: from the Hub); else the training table.
+        dev_data: For a table of your own: the development table; None holds a tenth of the training table out.
+        text_columns: For a table of your own: one column of text, or two for pairs.
+        label_column: For a table of your own: the column of labels or scores.
+        kind: For a table of your own: "classification", "regression" or "auto" (by the labels).
+        ranks: The method's ranks; None for its default.
+        target_modules: Names of the modules to adapt; None for PEFT's default for the model type.
+        method_options: Further fields of the method's PEFT config.
+        learning_rate: Peak rate of the adapter.
+        head_learning_rate: Peak rate of the head.
+        warmup_ratio: Share of the steps in which the rate rises.
+        head_start: Where the head starts, a key of `craft_peft.glue.heads.HEAD_STARTS`.
+        weight_decay: On the adapter.
+        head_weight_decay: On the head.
+        clip: Largest gradient norm.
+        batch_size: Rows a step.
+        max_length: Tokens a row.
+        epochs: Passes over the training set; None takes the recipe's, else the task's.
+        recipe: A recipe to use instead of the method's; the numbers above still go before its own.
+        seed: Decides the head's start, the order of rows and dropout; also which rows `hold_out` takes.
+        hold_out: Share of the training set to select an epoch on; it is then really not trained on. 0 trains on
+            everything, and the result has no held-out score.
+        precision: "float32", "bf16", or "auto" (see `craft_peft.glue.models.choose_precision`).
+        resume: Go on with an interrupted run in `output`, or start it if there is none.
+        overwrite: Replace an earlier run in `output`.
+
+    Example:
+        >>> from craft_peft.glue.training import TrainingConfig
+        >>> TrainingConfig(output="runs/rte", model="roberta-base", task="rte", epochs=3).resolve_recipe(50).epochs
+        3
+    """
+
+    output: str | Path
+    model: str
+    method: str = "craft"
+    task: str | None = None
+    data: str | Path | None = None
+    dev_data: str | Path | None = None
+    text_columns: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+    kind: str = "auto"
+    ranks: tuple[int, ...] | None = None
+    target_modules: tuple[str, ...] | None = None
+    method_options: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    warmup_ratio: float | None = None
+    head_start: str | None = None
+    weight_decay: float | None = None
+    head_weight_decay: float | None = None
+    clip: float | None = None
+    batch_size: int | None = None
+    max_length: int | None = None
+    epochs: int | None = None
+    recipe: Recipe | None = None
+    seed: int = 0
+    hold_out: float = 0.0
+    precision: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+
+    def resolve_recipe(self, task_epochs: int) -> Recipe:
+        """The method's recipe with this config's numbers in it.
+
+        Args:
+            task_epochs: Epochs when neither the config nor the recipe says.
+
+        Returns:
+            The recipe, epochs decided.
+
+        Raises:
+            CraftError: An unknown method, or a number outside its range.
+        """
+        names = [entry.name for entry in dataclasses.fields(Recipe)]
+        chosen = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        recipe = dataclasses.replace(self.recipe or find_method(self.method).recipe, **chosen)
+        return recipe if recipe.epochs else dataclasses.replace(recipe, epochs=task_epochs)
+
+    def settings(self, recipe: Recipe, model: str, precision: str, in_memory: bool) -> dict[str, Any]:
+        """The config with everything decided, in the types that JSON has; two runs with equal settings are equal.
+
+        Args:
+            recipe: The recipe, epochs decided.
+            model: The model's name as resolved.
+            precision: As decided.
+            in_memory: Whether the data sets were handed over instead of read.
+
+        Returns:
+            What a run folder keeps: not where it is, nor how the command was asked to treat it.
+        """
+        kept = dataclasses.asdict(self)
+        for name in (*(entry.name for entry in dataclasses.fields(Recipe)), "output", "resume", "overwrite"):
+            kept.pop(name, None)
+        kept |= {"model": model, "precision": precision, "recipe": dataclasses.asdict(recipe)}
+        for name in ("data", "dev_data"):
+            kept[name] = None if in_memory or kept[name] is None else str(Path(kept[name]).resolve())
+        return kept
+
+
+def read_data(config: TrainingConfig) -> TextData:
+    """Reads the data sets that a config names.
+
+    Args:
+        config: Names a GLUE task, or a table with its columns.
+
+    Returns:
+        The data sets.
+
+    Raises:
+        CraftError: Data that cannot be used.
+    """
+    if config.task is not None:
+        return read_glue(find_task(config.task), config.data)
+    if config.data is None:
+        raise CraftError("Neither a task nor data was given. Give a GLUE task, or a table of your own.")
+    return read_own(config.data, config.dev_data, config.text_columns, config.label_column, config.kind)

@@ -1,0 +1,198 @@
+"""Tables of text on disk (TSV, CSV, JSON lines) as rows that remember their line, for errors that can be acted upon."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CraftError
+
+FORMATS = (".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: the line it starts on, and its fields by column."""
+
+    line: int
+    fields: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file that was read.
+
+    Args:
+        path: The file.
+        columns: Column names in the order of the file.
+        rows: Its rows.
+        broken: Lines of rows with a wrong number of fields that were left out.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[Row]
+    broken: tuple[int, ...] = ()
+
+    def require(self, columns: tuple[str, ...]) -> None:
+        """Raises a `CraftError` that lists the columns found, unless all of `columns` are there."""
+        missing = [column for column in columns if column not in self.columns]
+        if missing:
+            raise CraftError(
+                f"{self.path} has no column {_quoted(missing)}. Columns found: {_quoted(self.columns)}. "
+                "Name the columns to use, or correct the first line of the file."
+            )
+
+
+def read_table(path: Path, header: tuple[str, ...] = (), keep_broken_out: bool = False) -> Table:
+    r"""Reads a table; the ending of the file's name decides how.
+
+    `.csv` has commas and CSV quoting; `.tsv` has tabs, and quotes in it are literal text (so are GLUE's files);
+    `.jsonl` has one JSON object a line. The encoding is UTF-8, with or without a byte order mark.
+
+    Args:
+        path: The file.
+        header: Column names of a file without a header line.
+        keep_broken_out: Leave rows with a wrong number of fields out and list their lines, instead of refusing them.
+
+    Returns:
+        The table.
+
+    Raises:
+        CraftError: A file that is missing, empty, not UTF-8 or of another format, or a row with a wrong number of
+            fields; names file and line.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from craft_peft.glue.tables import read_table
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "train.csv"
+        ...     _ = path.write_text('text,label\n"one, two",good\n')
+        ...     read_table(path).rows
+        [Row(line=2, fields={'text': 'one, two', 'label': 'good'})]
+    """
+    if path.suffix not in FORMATS:
+        raise CraftError(f"{path} is not one of {', '.join(FORMATS)}. Save the table in one of these formats.")
+    text = read_text(path)
+    if path.suffix == ".jsonl":
+        return _json_table(path, text)
+    records = _csv_records(path, text) if path.suffix == ".csv" else _tab_records(text)
+    return _record_table(path, records, header, keep_broken_out)
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its text, without a byte order mark.
+
+    Raises:
+        CraftError: The file is missing, a folder, empty, or not UTF-8 (names the line).
+    """
+    if not path.exists():
+        raise CraftError(f"There is no file {path}. Give the path of an existing file.")
+    if path.is_dir():
+        raise CraftError(f"{path} is a folder; a file is required here.")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise CraftError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not valid UTF-8. Save the file as UTF-8."
+        ) from error
+    if not text.strip():
+        raise CraftError(f"{path} is empty. It must hold at least one row.")
+    return text
+
+
+def _tab_records(text: str) -> Iterator[tuple[int, list[str]]]:
+    # Only "\n" ends a line: str.splitlines would also cut at U+2028 or U+0085, which do occur in texts.
+    for line, record in enumerate(text.split("\n"), start=1):
+        record = record.removesuffix("\r")
+        if record:
+            yield line, record.split("\t")
+
+
+def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    start = 1
+    try:
+        for record in reader:
+            if record:
+                yield start, record
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise CraftError(
+            f"{path}, line {start}: not valid CSV ({error}). Put fields that hold a comma, a quote or a line break in "
+            'double quotes, and write a quote inside them as "".'
+        ) from error
+
+
+def _record_table(
+    path: Path, records: Iterator[tuple[int, list[str]]], header: tuple[str, ...], keep_broken_out: bool
+) -> Table:
+    columns = header or tuple(next(records)[1])
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise CraftError(f"{path}, line 1: column {_quoted(twice)} appears more than once. Give each its own name.")
+    rows, broken = [], []
+    for line, record in records:
+        if len(record) == len(columns):
+            rows.append(Row(line, dict(zip(columns, record, strict=True))))
+        elif keep_broken_out:
+            broken.append(line)
+        else:
+            raise CraftError(
+                f"{path}, line {line}: {len(record)} fields, but the table has {len(columns)} columns "
+                f"({_quoted(columns)}). Correct or remove this row."
+            )
+    if not rows:
+        raise CraftError(f"{path} holds a header and no row. It must hold at least one row.")
+    return Table(path, columns, rows, tuple(broken))
+
+
+def _json_table(path: Path, text: str) -> Table:
+    rows: list[Row] = []
+    columns: dict[str, None] = {}
+    for line, record in enumerate(text.split("\n"), start=1):
+        if not record.strip():
+            continue
+        fields = _json_fields(path, line, record)
+        if rows and fields.keys() != columns.keys():
+            raise CraftError(
+                f"{path}, line {line}: the fields are {_quoted(fields)}, but the first row has {_quoted(columns)}. "
+                "Give every object the same fields."
+            )
+        columns = columns or dict.fromkeys(fields)
+        rows.append(Row(line, fields))
+    return Table(path, tuple(columns), rows)
+
+
+def _json_fields(path: Path, line: int, record: str) -> dict[str, str]:
+    try:
+        value = json.loads(record)
+    except json.JSONDecodeError as error:
+        raise CraftError(f"{path}, line {line}: not valid JSON ({error}). Write one JSON object a line.") from error
+    if not isinstance(value, dict):
+        raise CraftError(f"{path}, line {line}: found {type(value).__name__}, one JSON object a line is required.")
+    return {str(key): _json_field(field) for key, field in value.items()}
+
+
+def _json_field(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    # A missing value reads as an empty field, like in CSV; anything else keeps its JSON spelling (true, 3, 0.5).
+    return "" if value is None else json.dumps(value)
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)

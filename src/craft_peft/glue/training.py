@@ -1,0 +1,223 @@
+"""Fine-tuning a pretrained model with one method on one task."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+
+from ..errors import CraftError
+from . import machine, results
+from .data import TextData, hold_out
+from .encoding import check_length, encode
+from .heads import start_head
+from .methods import METHODS, MethodOptions, Recipe, find_method, make_peft_config
+from .models import (
+    adapt,
+    choose_precision,
+    is_head_parameter,
+    load_base,
+    quiet_transformers,
+    resolve_model_name,
+)
+from .optimization import HELD_OUT, RunTrainer, Watch, measure, read_curve, trainer_arguments
+from .results import Parameters, Result
+from .runs import RESULT, RunFolder
+from .settings import TrainingConfig as TrainingConfig
+from .settings import read_data
+from .summary import print_summary
+
+
+def train(
+    config: TrainingConfig,
+    data: TextData | None = None,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Result:
+    """Trains, evaluates after every epoch, and leaves a finished run folder.
+
+    Everything that can be wrong with the input is found before the output folder is touched.
+
+    Args:
+        config: What to do.
+        data: Data sets in memory, instead of those that the config names.
+        console: Where to show summary and progress; None for standard error.
+        callbacks: Further callbacks for `transformers.Trainer`.
+
+    Returns:
+        The result, as written to `result.json`.
+
+    Raises:
+        CraftError: Input that cannot be used.
+    """
+    console = console or Console(stderr=True)
+    folder = RunFolder(Path(config.output))
+    folder.check(config.resume, config.overwrite)
+    with console.status("reading data and model ..."):
+        run = _prepare(config, data)
+    checkpoint = folder.claim(run.settings, dataclasses.asdict(run.data.task), config.resume)
+    print_summary(console, run.data, run.model, run.recipe, run.parameters, run.settings, run.held_out, run.steps)
+    if checkpoint is not None:
+        console.print(f"Resuming from {checkpoint.name}.")
+    trainer, watch = _make_trainer(run, folder, console, callbacks)
+    try:
+        with quiet_transformers():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        watch.close()
+    return _publish(run, folder, trainer)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that is ready before the first step."""
+
+    data: TextData
+    held_out: datasets.Dataset | None
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    settings: dict[str, Any]
+    parameters: Parameters
+    train_set: datasets.Dataset
+    dev_sets: dict[str, datasets.Dataset]
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return math.ceil(len(self.train_set) / self.recipe.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.steps_an_epoch * (self.recipe.epochs or 1)
+
+
+def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
+    method = find_method(config.method)
+    options = MethodOptions(config.ranks, config.target_modules, dict(config.method_options))
+    peft_config = make_peft_config(config.method, options)
+    model_name = resolve_model_name(config.model)
+    in_memory = data is not None
+    data = read_data(config) if data is None else data
+    if data.train is None:
+        raise CraftError("The data has no training rows. Give data with a training set.")
+    recipe = config.resolve_recipe(data.task.epochs)
+    rest, held_out = hold_out(data.train, config.hold_out, config.seed) if config.hold_out else (data.train, None)
+    # Before the model is made, so that its head starts the same way whatever the method.
+    set_seed(config.seed)
+    base, tokenizer = load_base(model_name, data.task)
+    check_length(recipe.max_length, base, config.model)
+    code = partial(encode, tokenizer=tokenizer, max_length=recipe.max_length)
+    train_set, dev_sets = code(rest), {name: code(rows) for name, rows in data.dev.items()}
+    start_head(base, data.task, train_set, DataCollatorWithPadding(tokenizer), recipe.head_start, config.seed)
+    total = sum(parameter.numel() for parameter in base.parameters())
+    precision = choose_precision(config.precision, getattr(base.config, "hidden_size", 0))
+    model = adapt(base, peft_config, method.trains_base)
+    return _Run(
+        data=dataclasses.replace(data, train=rest),
+        held_out=held_out,
+        model=model,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        settings=config.settings(recipe, model_name, precision, in_memory),
+        parameters=_count(model, total),
+        train_set=train_set,
+        dev_sets=dev_sets if held_out is None else {**dev_sets, HELD_OUT: code(held_out)},
+    )
+
+
+def _count(model: nn.Module, base_total: int) -> Parameters:
+    trained = [(name, parameter.numel()) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = sum(count for name, count in trained if is_head_parameter(name, model))
+    adapter = sum(count for _, count in trained) - head
+    # PEFT keeps a frozen copy of the head beside the trained one, so that counting its parameters counts it twice.
+    return Parameters(adapter, head, base_total + (adapter if isinstance(model, PeftModel) else 0))
+
+
+def _make_trainer(
+    run: _Run, folder: RunFolder, console: Console, callbacks: Sequence[TrainerCallback]
+) -> tuple[RunTrainer, Watch]:
+    watch = Watch(console)
+    arguments = trainer_arguments(
+        folder.checkpoints, run.recipe, run.settings["seed"], run.settings["precision"], run.steps
+    )
+    with quiet_transformers():
+        trainer = RunTrainer(
+            run.recipe,
+            model=run.model,
+            args=arguments,
+            train_dataset=run.train_set,
+            eval_dataset=run.dev_sets,
+            data_collator=DataCollatorWithPadding(run.tokenizer),
+            compute_metrics=partial(measure, run.data.task),
+            callbacks=[watch, *callbacks],
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, watch
+
+
+def _publish(run: _Run, folder: RunFolder, trainer: RunTrainer) -> Result:
+    staged = folder.stage()
+    with quiet_transformers():
+        run.model.save_pretrained(staged)  # type: ignore[operator]
+        run.tokenizer.save_pretrained(staged)
+    result = _result(run, folder, trainer, results.stored_bytes(staged))
+    results.write_card(result, run.data.task.labels, METHODS[result.method].summary, staged)
+    results.draw_curves(result, staged / "curves.png")
+    result.write(staged / RESULT)
+    folder.publish()
+    return result
+
+
+def _result(run: _Run, folder: RunFolder, trainer: RunTrainer, stored: int) -> Result:
+    log = trainer.state.log_history
+    curve = read_curve(log, run.data.task, list(run.data.dev), run.steps_an_epoch)
+    assert run.data.train is not None
+    return Result(
+        task=run.data.task.name,
+        method=run.settings["method"],
+        model=run.settings["model"],
+        seed=run.settings["seed"],
+        config={**run.settings, "adapter": _adapter_fields(run.model)},
+        data={
+            "train": len(run.data.train),
+            "dev": {name: len(rows) for name, rows in run.data.dev.items()},
+            "held_out": None if run.held_out is None else len(run.held_out),
+            "notes": list(run.data.notes),
+        },
+        parameters=dataclasses.replace(run.parameters, stored_bytes=stored),
+        score=results.choose_scores(curve),
+        metrics=curve[-1].metrics,
+        curve=curve,
+        loss=[(entry["step"], entry["loss"], entry["learning_rate"]) for entry in log if "loss" in entry],
+        seconds=curve[-1].seconds,
+        peak_memory_bytes=machine.peak_memory_bytes(),
+        versions=machine.describe_versions(),
+        commit=machine.find_commit(),
+        processor=machine.describe_processor(),
+        output=str(folder.path),
+    )
+
+
+def _adapter_fields(model: nn.Module) -> dict[str, Any] | None:
+    """The adapter's config as PEFT resolved it, in the types that JSON has."""
+    if not isinstance(model, PeftModel):
+        return None
+    fields = model.active_peft_config.to_dict()
+    return json.loads(json.dumps(fields, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
