@@ -84,6 +84,13 @@ class StackAdapter(nn.Module, ABC):
         """
         return F.linear(x, self.delta_weight(layer).to(x.dtype))
 
+    def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
+        """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that this form of it has."""
+        delta = self.delta_weight(layer)
+        if self.shape.d_out <= self.shape.d_in:
+            return torch.eye(self.shape.d_out).to(delta), delta
+        return delta, torch.eye(self.shape.d_in).to(delta)
+
     def defer(self, read_weights: ReadWeights) -> None:
         """Call `initialise` on these weights when the frozen tensors are first used, unless they are loaded before."""
         self._deferred = read_weights
@@ -144,6 +151,14 @@ class FactoredStackAdapter(StackAdapter):
         """``scaling * out_factor @ middle(layer) @ in_factor.T``."""
         self.make_ready()
         return self.out_factor @ (self.scaling * self.middle(layer)) @ self.in_factor.T
+
+    def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
+        """``(out_factor @ K_l, in_factor.T)`` or ``(out_factor, K_l @ in_factor.T)``, as the smaller rank asks."""
+        self.make_ready()
+        middle = self.scaling * self.middle(layer)
+        if middle.shape[1] <= middle.shape[0]:
+            return self.out_factor @ middle, self.in_factor.T
+        return self.out_factor, middle @ self.in_factor.T
 
     def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """``x @ delta_weight(layer).T``, through the thin factors: ``(d_in + d_out) * r`` products a token."""
