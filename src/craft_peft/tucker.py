@@ -147,7 +147,8 @@ def hosvd(tensor: Float[Tensor, ...], ranks: Sequence[int], method: Decompositio
             for mode, rank in enumerate(ranks):
                 factors[mode] = _leading_directions(_project(tensor, factors, skip=mode), mode, rank)
     core = _project(tensor, factors) * scale
-    return Tucker(core.to(dtype), tuple(factor.to(dtype) for factor in factors))
+    # Contiguous, as they come back from a file: products with another memory layout round differently.
+    return Tucker(core.to(dtype).contiguous(), tuple(factor.to(dtype).contiguous() for factor in factors))
 
 
 def explained_energy(tensor: Float[Tensor, ...], tucker: Tucker, mode: int | None = None) -> Float[Tensor, ...]:

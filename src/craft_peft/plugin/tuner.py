@@ -29,7 +29,7 @@ QUERY_AND_VALUE = {
     # Missing in PEFT's table.
     "distilbert": ["q_lin", "v_lin"],
     "modernbert": ["Wqkv"],
-    "vit": ["query", "value"],
+    "vit": ["query", "value", "q_proj", "v_proj"],  # before and since transformers 5
     "whisper": ["q_proj", "v_proj"],
 }
 """Default target modules by model type."""
