@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+# The trainer collects garbage at the start of every run; with transformers and torch loaded that takes longer than
+# training here, unless what is loaded by now is left out.
+gc.freeze()
 
 NOUNS = ("film", "plot", "actor", "scene")
 PRAISE = ("good", "fine", "great", "lovely")

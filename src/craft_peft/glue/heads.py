@@ -15,15 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from ..errors import CraftError
+from .models import head_modules
 from .tasks import Task
 
 EXAMPLES = 512
 RIDGE = 0.01
 """Penalty on the squared weights in `fitted`: keeps the fit of a few hundred examples from being exact."""
-
-
-def keep_random(output: nn.Linear, features: Callable[[], Tensor], labels: Tensor, task: Task) -> None:
-    """Leaves the output layer as the model initialised it."""
 
 
 def start_at_prior(output: nn.Linear, features: Callable[[], Tensor], labels: Tensor, task: Task) -> None:
@@ -46,8 +43,8 @@ def fit_output(output: nn.Linear, features: Callable[[], Tensor], labels: Tensor
 
     A convex problem: the result does not depend on the random start, up to the optimizer's tolerance.
     """
-    start_at_prior(output, features, labels, task)
     inputs = features()
+    start_at_prior(output, features, labels, task)
     optimizer = torch.optim.LBFGS(output.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
@@ -65,11 +62,12 @@ def fit_output(output: nn.Linear, features: Callable[[], Tensor], labels: Tensor
     optimizer.zero_grad()
 
 
-HEAD_STARTS: dict[str, Callable[[nn.Linear, Callable[[], Tensor], Tensor, Task], None]] = {
-    "random": keep_random,
+HEAD_STARTS: dict[str, Callable[[nn.Linear, Callable[[], Tensor], Tensor, Task], None] | None] = {
+    "random": None,
     "prior": start_at_prior,
     "fitted": fit_output,
 }
+"""How a head can start; None leaves it as the model initialised it."""
 
 
 def start_head(
@@ -90,7 +88,11 @@ def start_head(
     """
     if start not in HEAD_STARTS:
         raise CraftError(f"Unknown head start `{start}`. Use one of {', '.join(HEAD_STARTS)}.")
-    outputs = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == task.outputs]
+    set_output = HEAD_STARTS[start]
+    if set_output is None:
+        return
+    layers = (layer for name in head_modules(model) for layer in getattr(model, name).modules())
+    outputs = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.out_features == task.outputs]
     if not outputs:
         raise CraftError(
             f"{type(model).__name__} has no linear layer with {task.outputs} outputs to start with `{start}`. "
@@ -98,27 +100,39 @@ def start_head(
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:EXAMPLES]
     chosen = rows.select(order.tolist())
-    kind = torch.float32 if task.is_regression else torch.int64
-    HEAD_STARTS[start](
-        outputs[-1],
-        lambda: _output_inputs(model, outputs[-1], chosen, collator),
-        torch.tensor(chosen["labels"], dtype=kind),
-        task,
-    )
+    labels = torch.tensor(list(chosen["labels"]), dtype=torch.float32 if task.is_regression else torch.int64)
+    set_output(outputs[-1], lambda: _output_inputs(model, outputs[-1], chosen, collator), labels, task)
 
 
 @torch.no_grad()
 def _output_inputs(
     model: PreTrainedModel, output: nn.Linear, rows: datasets.Dataset, collator: DataCollatorWithPadding
 ) -> Tensor:
+    """One vector a text: what the output layer gets where the model reads its answer."""
     seen: list[Tensor] = []
     hook = output.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     was_training = model.training
     model.eval()
+    vectors = []
     try:
         for batch in DataLoader(rows.remove_columns("labels"), batch_size=32, collate_fn=collator):
-            model(**batch)
+            seen.clear()
+            logits = model(**batch).logits
+            vectors.append(_answer_vectors(seen[-1], batch["attention_mask"]))
+            if not torch.allclose(output(vectors[-1]), logits, atol=1e-4, rtol=1e-3):
+                raise CraftError(
+                    f"The head of {type(model).__name__} does not end in a linear layer on one vector a text, so that "
+                    "it cannot be fitted. Use `--head-start random`."
+                )
     finally:
         hook.remove()
         model.train(was_training)
-    return torch.cat(seen)
+    return torch.cat(vectors)
+
+
+def _answer_vectors(inputs: Tensor, attention_mask: Tensor) -> Tensor:
+    if inputs.ndim == 2:
+        return inputs
+    # A decoder applies its head to every token and answers at the last one that is not padding.
+    last = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1)).argmax(dim=1)
+    return inputs[torch.arange(len(inputs)), last]

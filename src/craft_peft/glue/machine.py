@@ -55,6 +55,12 @@ def describe_processor() -> str:
     return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def reset_peak_memory() -> None:
+    """Starts the GPU's count again; the peak of a process cannot be, so that later runs in it inherit the largest."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_bytes() -> int | None:
     """Peak memory of this process so far: of the CUDA allocator if a GPU is used, else resident."""
     if torch.cuda.is_available():

@@ -60,9 +60,12 @@ def load_base(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeniz
     try:
         with quiet_transformers():
             model = AutoModelForSequenceClassification.from_pretrained(
-                # The base may come with a head for another task: that head is replaced, as intended.
                 source,
+                # The base may come with a head for another task: that head is replaced, as intended.
                 ignore_mismatched_sizes=True,
+                # Some checkpoints are stored in half precision, in which a head or a whole model does not train;
+                # where bfloat16 is used, it is by autocast on these weights.
+                dtype=torch.float32,
                 **_head_fields(task),
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -125,7 +128,11 @@ def adapt(model: PreTrainedModel, config: PeftConfig | None, trains_base: bool) 
     except CraftError:
         raise
     except ValueError as error:
-        raise CraftError(f"The adapter does not fit the model: {_first_line(error)}") from error
+        targets = config.target_modules
+        shown = sorted(targets) if isinstance(targets, set) else targets
+        raise CraftError(
+            f"An adapter with target modules {shown} does not fit the model: {_first_line(error)}"
+        ) from error
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
@@ -159,7 +166,7 @@ def load_trained(folder: str | Path, model: str | None = None) -> TrainedModel:
     """
     run = RunFolder(Path(folder))
     metadata = run.read_finished()
-    task = Task(**metadata["task"])
+    task = Task.restore(metadata["task"])
     if not (run.path / "adapter_config.json").is_file():
         trained, tokenizer = load_base(str(run.path), task)
         return TrainedModel(trained.eval(), tokenizer, task, metadata["settings"])

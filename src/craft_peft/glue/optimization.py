@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
     Trainer,
@@ -29,6 +30,7 @@ from .tasks import Task
 
 HELD_OUT = "held_out"
 LOSS_POINTS = 100
+PARTS = 4
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -64,7 +66,7 @@ def trainer_arguments(folder: Path, recipe: Recipe, seed: int, precision: str, s
     Returns:
         Arguments that log the loss about a hundred times, and evaluate and save after each epoch.
     """
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=recipe.epochs or 1,
         per_device_train_batch_size=recipe.batch_size,
@@ -88,6 +90,9 @@ def trainer_arguments(folder: Path, recipe: Recipe, seed: int, precision: str, s
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    # The trainer would use every GPU that it sees and multiply the batch by their number, unasked.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def measure(task: Task, prediction: EvalPrediction) -> dict[str, float]:
@@ -195,8 +200,35 @@ def read_curve(log: list[dict[str, Any]], task: Task, dev_sets: list[str], steps
     return records
 
 
+def split_by_length(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """Cuts a padded batch into parts of rows of like length, each padded no further than its own longest row.
+
+    Random batches of short texts are mostly padding: of STS-B in batches of 32, 60 %. The rows and their gradient stay
+    the same.
+
+    Args:
+        batch: Tensors with a row an example, `attention_mask` among them.
+        parts: How many parts; fewer when there are fewer rows.
+
+    Returns:
+        The parts, the longest rows first.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+        >>> [tuple(part["attention_mask"].shape) for part in split_by_length({"attention_mask": mask}, 2)]
+        [(2, 4), (2, 2)]
+    """
+    mask = batch["attention_mask"]
+    found = []
+    for rows in mask.sum(1).argsort(descending=True, stable=True).chunk(parts):
+        used = mask[rows].any(0)  # padding may be on either side
+        part = {name: values[rows] for name, values in batch.items()}
+        found.append({k: v[:, used] if v.ndim == 2 and v.shape == mask[rows].shape else v for k, v in part.items()})
+    return found
+
+
 class RunTrainer(Trainer):
-    """The `transformers` trainer with our two parameter groups.
+    """The `transformers` trainer with our two parameter groups, and without the cost of padding on a processor.
 
     Args:
         recipe: Rates and decays.
@@ -208,6 +240,24 @@ class RunTrainer(Trainer):
     def __init__(self, recipe: Recipe, **arguments: Any) -> None:
         self.recipe = recipe
         super().__init__(**arguments)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss of a batch; in training on one processor part by part, where more calls cost less than padding.
+
+        A GPU prefers one call, and so does DDP, which expects one forward pass for each backward pass.
+        """
+        parts = PARTS if self.args.device.type == "cpu" and self.args.world_size == 1 and not return_outputs else 1
+        if parts == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rows = len(inputs["labels"])
+        split = split_by_length(inputs, parts)
+        return sum(super(RunTrainer, self).compute_loss(model, part) * (len(part["labels"]) / rows) for part in split)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `parameter_groups`."""

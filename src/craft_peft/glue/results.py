@@ -80,7 +80,7 @@ class Result:
     Args:
         task: Name of the task.
         method: Name of the method.
-        model: Base model.
+        model: Base model, as the user named it.
         seed: Seed of the run.
         config: Resolved settings.
         data: Rows in each data set, and notes on how they were read.
@@ -95,7 +95,7 @@ class Result:
         versions: Versions of Python and of the packages that matter.
         commit: Commit of this package's source, or None for an installed package.
         processor: What it ran on.
-        output: The run folder.
+        output: The run folder, as the user named it.
     """
 
     task: str
@@ -217,20 +217,21 @@ tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
 ```"""
 
 
-def write_card(result: Result, labels: tuple[str, ...], summary: str, folder: Path) -> None:
+def write_card(result: Result, labels: tuple[str, ...], summary: str, model: str, folder: Path) -> None:
     """Writes the model card.
 
     Args:
         result: The result.
         labels: Label names; empty for a regression.
         summary: What the method is, in one line.
+        model: What `from_pretrained` takes for the base model.
         folder: The folder that holds the saved model; the card is its `README.md`.
     """
     is_adapter = (folder / "adapter_config.json").is_file()
-    is_hub_name = not Path(result.model).is_absolute()
+    is_hub_name = not Path(model).is_absolute()
     front = ["library_name: peft" if is_adapter else "library_name: transformers", "pipeline_tag: text-classification"]
     if is_hub_name:
-        front.append(f"base_model: {result.model}")
+        front.append(f"base_model: {model}")
     front.append(f"tags: [{result.method}]")
     metrics = [
         f"{data_set} {name} {value:.4f}"
@@ -238,12 +239,12 @@ def write_card(result: Result, labels: tuple[str, ...], summary: str, folder: Pa
         for name, value in values.items()
         if name != "score"
     ]
-    loading = LOAD_ADAPTER.format(model=result.model, outputs=len(labels) or 1) if is_adapter else LOAD_MODEL
+    loading = LOAD_ADAPTER.format(model=model, outputs=len(labels) or 1) if is_adapter else LOAD_MODEL
     text = CARD.format(
         front_matter="\n".join(front),
         task=result.task,
         method=result.method,
-        model_name=Path(result.model).name,
+        model_name=Path(model).name,
         summary=summary,
         loading=loading,
         last=result.score.last,

@@ -53,7 +53,7 @@ def print_summary(
         "predicts": labels,
         "learning rates": f"adapter {recipe.learning_rate:g}, head {recipe.head_learning_rate:g}, "
         f"warm-up {100 * recipe.warmup_ratio:g} % of the steps",
-        "steps": f"{recipe.epochs} epochs, batches of {recipe.batch_size}: {steps:,} steps in {settings['precision']}",
+        "steps": f"{steps:,} in {settings['precision']} (epochs: {recipe.epochs}, rows a step: {recipe.batch_size})",
         "seed": str(settings["seed"]),
     }
     for name, text in rows.items():

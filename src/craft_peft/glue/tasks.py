@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import CraftError
 
@@ -76,6 +77,29 @@ class Task:
     def outputs(self) -> int:
         """Width of the head: one for a regression, else the number of classes."""
         return len(self.labels) or 1
+
+    def fields(self) -> dict[str, Any]:
+        """What a trained model has to know of its task, in the types that JSON has."""
+        return {
+            "name": self.name,
+            "text_columns": list(self.text_columns),
+            "label_column": self.label_column,
+            "labels": list(self.labels),
+            "metrics": list(self.metrics),
+        }
+
+    @classmethod
+    def restore(cls, fields: dict[str, Any]) -> Task:
+        """The task whose `fields` were kept.
+
+        Example:
+            >>> Task.restore(TASKS["rte"].fields()).labels
+            ('entailment', 'not_entailment')
+        """
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
 
 
 _NUMBERS = ("0", "1")

@@ -68,11 +68,12 @@ def train(
         CraftError: Input that cannot be used.
     """
     console = console or Console(stderr=True)
+    machine.reset_peak_memory()
     folder = RunFolder(Path(config.output))
     folder.check(config.resume, config.overwrite)
     with console.status("reading data and model ..."):
         run = _prepare(config, data)
-    checkpoint = folder.claim(run.settings, dataclasses.asdict(run.data.task), config.resume)
+    checkpoint = folder.claim(run.settings, run.data.task.fields(), config.resume)
     print_summary(console, run.data, run.model, run.recipe, run.parameters, run.settings, run.held_out, run.steps)
     if checkpoint is not None:
         console.print(f"Resuming from {checkpoint.name}.")
@@ -89,6 +90,7 @@ def train(
 class _Run:
     """Everything that is ready before the first step."""
 
+    config: TrainingConfig
     data: TextData
     held_out: datasets.Dataset | None
     model: nn.Module
@@ -130,6 +132,7 @@ def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
     precision = choose_precision(config.precision, getattr(base.config, "hidden_size", 0))
     model = adapt(base, peft_config, method.trains_base)
     return _Run(
+        config=config,
         data=dataclasses.replace(data, train=rest),
         held_out=held_out,
         model=model,
@@ -178,7 +181,7 @@ def _publish(run: _Run, folder: RunFolder, trainer: RunTrainer) -> Result:
         run.model.save_pretrained(staged)  # type: ignore[operator]
         run.tokenizer.save_pretrained(staged)
     result = _result(run, folder, trainer, results.stored_bytes(staged))
-    results.write_card(result, run.data.task.labels, METHODS[result.method].summary, staged)
+    results.write_card(result, run.data.task.labels, METHODS[result.method].summary, run.settings["model"], staged)
     results.draw_curves(result, staged / "curves.png")
     result.write(staged / RESULT)
     folder.publish()
@@ -189,12 +192,14 @@ def _result(run: _Run, folder: RunFolder, trainer: RunTrainer, stored: int) -> R
     log = trainer.state.log_history
     curve = read_curve(log, run.data.task, list(run.data.dev), run.steps_an_epoch)
     assert run.data.train is not None
+    # As the user wrote them: a result is meant to be passed on, where an absolute path of one machine means nothing.
+    given = {name: _text(getattr(run.config, name)) for name in ("model", "data", "dev_data")}
     return Result(
         task=run.data.task.name,
         method=run.settings["method"],
-        model=run.settings["model"],
+        model=run.config.model,
         seed=run.settings["seed"],
-        config={**run.settings, "adapter": _adapter_fields(run.model)},
+        config={**run.settings, **given, "adapter": _adapter_fields(run.model)},
         data={
             "train": len(run.data.train),
             "dev": {name: len(rows) for name, rows in run.data.dev.items()},
@@ -211,8 +216,12 @@ def _result(run: _Run, folder: RunFolder, trainer: RunTrainer, stored: int) -> R
         versions=machine.describe_versions(),
         commit=machine.find_commit(),
         processor=machine.describe_processor(),
-        output=str(folder.path),
+        output=str(run.config.output),
     )
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _adapter_fields(model: nn.Module) -> dict[str, Any] | None:
@@ -220,4 +229,5 @@ def _adapter_fields(model: nn.Module) -> dict[str, Any] | None:
     if not isinstance(model, PeftModel):
         return None
     fields = model.active_peft_config.to_dict()
+    del fields["base_model_name_or_path"]  # says `model` again, as an absolute path
     return json.loads(json.dumps(fields, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
