@@ -306,6 +306,26 @@ def trains_in_float32_on_a_bfloat16_base(method: Method) -> None:
     assert layer(torch.randn(2, WIDTH, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def works_under_autocast(method: Method) -> None:
+    """In bfloat16 autocast the start is still exact, and the gradients are those of float32 up to its rounding."""
+    base = bert()
+    fresh = get_peft_model(copy.deepcopy(base), method.config(target_modules=TARGETS)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(fresh), logits(base))
+    gradients = []
+    for enabled in (False, True):
+        model, _ = moved(method)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(tokens(), labels=torch.tensor([0, 1])).loss
+        loss.backward()
+        gradients.append(
+            torch.cat(
+                [p.grad.flatten() for n, p in model.named_parameters() if p.requires_grad and f".{method.name}_" in n]
+            )
+        )
+    assert torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.99
+
+
 ADAPTER_LAWS = [
     starts_at_zero,
     moves_from_the_start,
@@ -330,4 +350,5 @@ MODEL_LAWS = [
     survives_copying,
     checkpoints_gradients,
     trains_in_float32_on_a_bfloat16_base,
+    works_under_autocast,
 ]

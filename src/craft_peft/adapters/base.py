@@ -147,23 +147,26 @@ class FactoredStackAdapter(StackAdapter):
     def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
         """The small matrix :math:`K_l` of a layer, without the scaling."""
 
+    def _scaled_middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
+        self.make_ready()
+        # Small, and a difference of nearly equal matrices: in its own precision, whatever autocast does to the rest.
+        with torch.autocast(self.in_factor.device.type, enabled=False):
+            return self.scaling * self.middle(layer)
+
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
         """``scaling * out_factor @ middle(layer) @ in_factor.T``."""
-        self.make_ready()
-        return self.out_factor @ (self.scaling * self.middle(layer)) @ self.in_factor.T
+        return self.out_factor @ self._scaled_middle(layer) @ self.in_factor.T
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """``(out_factor @ K_l, in_factor.T)`` or ``(out_factor, K_l @ in_factor.T)``, as the smaller rank asks."""
-        self.make_ready()
-        middle = self.scaling * self.middle(layer)
+        middle = self._scaled_middle(layer)
         if middle.shape[1] <= middle.shape[0]:
             return self.out_factor @ middle, self.in_factor.T
         return self.out_factor, middle @ self.in_factor.T
 
     def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """``x @ delta_weight(layer).T``, through the thin factors: ``(d_in + d_out) * r`` products a token."""
-        self.make_ready()
-        middle = self.scaling * self.middle(layer)
+        middle = self._scaled_middle(layer)
         hidden = F.linear(F.linear(x, self.in_factor.T.to(x.dtype)), middle.to(x.dtype))
         return F.linear(hidden, self.out_factor.to(x.dtype))
 
