@@ -88,3 +88,20 @@ def test_every_number_of_the_command_is_one_of_the_recipe() -> None:
 def test_unknown_method_lists_all() -> None:
     with pytest.raises(CraftError, match="The methods are: craft, lora, head, full"):
         find_method("nothing")
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks", "rate"),
+    [
+        ("craft", None, 1e-3),
+        ("craft", (6, 100, 100), 1e-3),
+        ("craft", (6, 50, 25), 2e-3),
+        ("craft", (24, 100, 200), 5e-4),
+        ("lora", (64,), 4e-4),
+    ],
+)
+def test_crafts_rate_falls_with_the_rank(method: str, ranks: tuple[int, ...] | None, rate: float) -> None:
+    config = TrainingConfig(output="run", model="base", method=method, ranks=ranks)
+    assert config.resolve_recipe(1).learning_rate == pytest.approx(rate)
+    given = dataclasses.replace(config, learning_rate=7e-3)
+    assert given.resolve_recipe(1).learning_rate == 7e-3

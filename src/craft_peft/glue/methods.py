@@ -97,12 +97,14 @@ class Method:
         recipe: Its default recipe.
         make_config: Makes the PEFT config, or None when the method adds nothing to the model.
         trains_base: Whether the pretrained weights are trained as well.
+        scale_rate: The factor on the recipe's learning rate at other ranks than the method's default.
     """
 
     summary: str
     recipe: Recipe
     make_config: Callable[[MethodOptions], PeftConfig] | None = None
     trains_base: bool = False
+    scale_rate: Callable[[tuple[int, ...]], float] = lambda ranks: 1.0
 
 
 def _peft_fields(options: MethodOptions) -> dict[str, Any]:
@@ -121,6 +123,11 @@ def _craft_config(options: MethodOptions) -> PeftConfig:
     return CraftConfig(**fields)
 
 
+def _craft_rate(ranks: tuple[int, ...]) -> float:
+    # A step of Adam moves a transform by up to rate x rank in spectral norm; the recipe's rate belongs to rank 100.
+    return 100 / max((1, *ranks[1:]))
+
+
 def _lora_config(options: MethodOptions) -> PeftConfig:
     ranks = options.ranks or (8,)
     if len(ranks) != 1 or ranks[0] < 1:
@@ -136,6 +143,7 @@ METHODS: dict[str, Method] = {
         summary="CRAFT: transforms of a frozen Tucker core, shared by all layers",
         recipe=Recipe(learning_rate=1e-3),
         make_config=_craft_config,
+        scale_rate=_craft_rate,
     ),
     "lora": Method(
         summary="LoRA from PEFT, r = 8 on query and value",

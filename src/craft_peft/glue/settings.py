@@ -97,7 +97,10 @@ class TrainingConfig:
         """
         names = [entry.name for entry in dataclasses.fields(Recipe)]
         chosen = {name: value for name in names if (value := getattr(self, name, None)) is not None}
-        recipe = dataclasses.replace(self.recipe or find_method(self.method).recipe, **chosen)
+        method = find_method(self.method)
+        if self.recipe is None and self.ranks is not None:
+            chosen.setdefault("learning_rate", method.recipe.learning_rate * method.scale_rate(self.ranks))
+        recipe = dataclasses.replace(self.recipe or method.recipe, **chosen)
         return recipe if recipe.epochs else dataclasses.replace(recipe, epochs=task_epochs)
 
     def settings(self, recipe: Recipe, model: str, precision: str, in_memory: bool) -> dict[str, Any]:
