@@ -63,7 +63,7 @@ def test_the_side_of_a_sentence_does_not_depend_on_the_others(sentences: list[Se
 def test_sentences_read_like_english(sentences: list[Sentence]) -> None:
     for sentence in sentences:
         assert re.match(r"[A-Z].*[.!?]$", sentence.text), sentence
-        assert 5 <= len(sentence.text.split()) <= 25, sentence
+        assert 8 <= len(sentence.text.split()) <= 25, sentence
         assert not re.search(r">>>|->|\n|\(\)", sentence.text), sentence
 
 
@@ -82,7 +82,7 @@ def test_prose_is_kept(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Return the path.",
+        "Return the path of it.",
         "return a new path that points to the parent folder.",
         "Return a new path that points to the parent folder",
         "S.find(sub, start, end) -> int, the lowest index that was found.",
@@ -98,7 +98,7 @@ def test_other_text_is_left_out(text: str) -> None:
 
 def test_doctests_lists_and_signatures_are_left_out() -> None:
     source = '''
-"""The module that everybody has to import.
+"""The module that everybody has to import before they use it.
 
 >>> This line is an example and no sentence at all.
 
@@ -110,16 +110,16 @@ def test_doctests_lists_and_signatures_are_left_out() -> None:
 raise SystemExit("a module that is run instead of read")
 
 class Shape:
-    """A shape that has corners and edges. It can be drawn on
-    a canvas."""
+    """A shape that has some corners and some edges. It can be drawn on
+    a canvas or on paper."""
 
     def draw(self):
         """draw(canvas) -> None"""
 '''
     assert list(module_sentences(source)) == [
-        "The module that everybody has to import.",
-        "A shape that has corners and edges.",
-        "It can be drawn on a canvas.",
+        "The module that everybody has to import before they use it.",
+        "A shape that has some corners and some edges.",
+        "It can be drawn on a canvas or on paper.",
     ]
 
 
@@ -136,9 +136,9 @@ def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
 
 def test_a_small_topic_is_left_out(tmp_path: Path) -> None:
     numbers = [f"{a}{b}" for a, b in product("abcdefghij", "klmnopqrst")]
-    lines = [f"Return {' '.join(f'{word}{number}' for word in 'vwxyz')}." for number in numbers]
+    lines = [f"Return {' '.join(f'{word}{number}' for word in 'stuvwxyz')}." for number in numbers]
     (tmp_path / "json.py").write_text("'''" + "\n\n".join(lines) + "'''")
-    (tmp_path / "email.py").write_text("'''Only a single sentence about the letters.'''")
+    (tmp_path / "email.py").write_text("'''Only a single sentence about the letters that are sent.'''")
     assert Counter(sentence.topic for sentence in collect_sentences(library=tmp_path)) == {"data formats": len(lines)}
 
 

@@ -41,7 +41,7 @@ def comparison_cells(result: Result) -> tuple[str, str, str, str, str]:
     """One row of the table: method, accuracy, trained numbers, seconds, size of the saved weights."""
     size = f"{result.parameters.stored_bytes / 1e6:,.2f} MB"
     return (
-        METHODS[result.method].summary,
+        result.method,
         f"{result.score.last:.1%}",
         f"{result.parameters.trainable:,}",
         f"{result.seconds:,.0f}",
@@ -147,6 +147,7 @@ def write_page(
         rows=[comparison_cells(result) for result in results],
         results=results,
         labels=labels,
+        summaries={result.method: METHODS[result.method].summary for result in results},
         trained_on=results[-1].data["train"],
         tested=len(classified),
         most_frequent=f"{max(counts) / len(classified):.1%}",

@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..adapters.base import StackShape, stack_weights
 from ..errors import CraftError
 from ..plugin.config import MODES, CraftConfig
-from ..plugin.stacks import collect_stacks, explain_no_match
-from ..plugin.tuner import QUERY_AND_VALUE
+from ..plugin.stacks import collect_stacks
+from ..plugin.tuner import find_targets, set_default_targets
 from ..tucker import Tucker, hosvd, unfold
 from .models import quiet_transformers, resolve_model_name
 
@@ -141,12 +140,9 @@ def inspect_model(
         True
     """
     names = list(target_modules) if target_modules and not isinstance(target_modules, str) else target_modules
-    config = CraftConfig(target_modules=names or _default_targets(model), ranks=ranks)  # type: ignore[arg-type]
-    _maybe_include_all_linear_layers(config, model)
-    targets = [(key, module) for key, module in model.named_modules() if check_target_module_exists(config, key)]
-    if not targets:
-        raise explain_no_match(names, model)
-    stacks = collect_stacks(targets)
+    config = CraftConfig(target_modules=names or None, ranks=ranks)  # type: ignore[arg-type]
+    set_default_targets(config, model)
+    stacks = collect_stacks(find_targets(config, model))
     chosen = [config.resolve_ranks(stack.name, stack.shape) for stack in stacks]
     reports = []
     for stack, stack_ranks in zip(stacks, chosen, strict=True):
@@ -154,16 +150,6 @@ def inspect_model(
         full = hosvd(tensor, tuple(tensor.shape))
         reports.append(StackReport(stack.pattern, stack.shape, stack_ranks, full))
     return reports
-
-
-def _default_targets(model: nn.Module) -> list[str]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in QUERY_AND_VALUE:
-        raise CraftError(
-            f"The model type {model_type!r} has no default target modules. Name them with `--target-modules`. "
-            f"{str(explain_no_match(None, model)).partition('. ')[2]}"
-        )
-    return list(QUERY_AND_VALUE[model_type])
 
 
 def candidate_ranks(reports: Sequence[StackReport]) -> list[int]:

@@ -130,11 +130,20 @@ def _one_stack(pattern: str, members: Sequence[tuple[str, nn.Module]]) -> Stack:
 
 def explain_no_match(target_modules: Collection[str] | None, model: nn.Module) -> CraftError:
     """The error for target modules that match nothing: names what there is to match."""
-    found = {key.rpartition(".")[2] for key, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    found = _linear_names(model)
     wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or ())
     close = [match for name in wanted for match in get_close_matches(name, found, n=1)]
     hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
     return CraftError(
-        f"`target_modules={wanted}` matches no module of {type(model).__name__}.{hint} Its linear modules are called "
-        f"{', '.join(repr(name) for name in sorted(found)) or '(there are none)'}."
+        f"`target_modules={wanted}` matches no module of {type(model).__name__}.{hint} {describe_linear_modules(model)}"
     )
+
+
+def describe_linear_modules(model: nn.Module) -> str:
+    """A sentence with the names that `target_modules` can hold."""
+    names = ", ".join(repr(name) for name in sorted(_linear_names(model)))
+    return f"Its linear modules are called {names or '(there are none)'}."
+
+
+def _linear_names(model: nn.Module) -> set[str]:
+    return {key.rpartition(".")[2] for key, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
@@ -18,7 +23,7 @@ from ..errors import CraftError
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
-from .stacks import Stack, collect_stacks, explain_no_match
+from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,6 @@ class StackTuner(BaseTuner):
     """
 
     tuner_layer_cls = StackedLinear
-    target_module_mapping = QUERY_AND_VALUE
 
     def inject_adapter(
         self,
@@ -55,14 +59,20 @@ class StackTuner(BaseTuner):
     ) -> None:
         """As in PEFT. See `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
         # What the hooks below need to know of this one injection; PEFT does not pass it on to them.
-        self._low_cpu_mem_usage, self._saved_keys = low_cpu_mem_usage, None if state_dict is None else list(state_dict)
+        self._low_cpu_mem_usage, self._saved_modules = low_cpu_mem_usage, None
+        if state_dict is not None:
+            self._saved_modules = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         self._slots: dict[str, tuple[StackSlot, bool]] = {}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._slots = {}
 
+    def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
+        set_default_targets(peft_config, self.model)
+        return peft_config
+
     def _prepare_model(self, peft_config: StackConfig, model: nn.Module) -> None:
         """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
-        stacks = collect_stacks(self._targets(peft_config, model))
+        stacks = collect_stacks(find_targets(peft_config, model, self._saved_modules))
         adapters = [peft_config.build_adapter(stack.name, stack.shape) for stack in stacks]
         if not peft_config._read_from_file:
             for stack in stacks:
@@ -77,29 +87,6 @@ class StackTuner(BaseTuner):
             for layer, key in enumerate(stack.keys):
                 slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
                 self._slots[key] = (slot, layer == 0)
-
-    def _targets(self, config: StackConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Path and linear module of every target, by the config or by the keys of a saved adapter."""
-        _maybe_include_all_linear_layers(config, model)
-        saved = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in self._saved_keys or ()}
-        targets: list[tuple[str, nn.Module]] = []
-        inside: tuple[str, ...] = ()
-        for key, module in model.named_modules():
-            if not key or key.startswith(inside):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside = (*inside, key + ".")
-            matches = self._check_target_module_exists(config, key) if self._saved_keys is None else key in saved
-            if matches:
-                if getattr(module, "merged", False):
-                    raise CraftError(
-                        f"The adapter(s) {module.merged_adapters} are merged into '{key}', so its weight is not the "
-                        "pretrained one. Call `unmerge_adapter()` before you add another adapter."
-                    )
-                targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
-        if not targets:
-            raise explain_no_match(config.target_modules, model)
-        return targets
 
     def _create_and_replace(
         self,
@@ -139,6 +126,56 @@ class StackTuner(BaseTuner):
                 if isinstance(module, StackAdapter):
                     stack.enter_context(module.still_deferred())
             return super()._remap_adapter_state_dict_for_load(model=model, **kwargs)
+
+
+def set_default_targets(config: StackConfig, model: nn.Module) -> None:
+    """Fill in `target_modules` where the user gave none: query and value, under their names in the model's type.
+
+    Raises:
+        CraftError: a model type without defaults.
+    """
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in QUERY_AND_VALUE:
+            raise CraftError(
+                f"The model type {model_type!r} has no default target modules: name them with `target_modules`. "
+                f"{describe_linear_modules(model)}"
+            )
+        names = QUERY_AND_VALUE[model_type]
+        config.target_modules = names if isinstance(names, str) else set(names)
+
+
+def find_targets(
+    config: StackConfig, model: nn.Module, saved: Collection[str] | None = None
+) -> list[tuple[str, nn.Module]]:
+    """Path and linear module of every target.
+
+    Args:
+        config: names the targets; 'all-linear' in it is replaced by what it stands for.
+        model: the base model, adapted or not.
+        saved: the paths of modules that a saved adapter has tensors for; they are used instead of the config's.
+
+    Raises:
+        CraftError: nothing matches, or an adapter is merged into a target.
+    """
+    _maybe_include_all_linear_layers(config, model)
+    targets: list[tuple[str, nn.Module]] = []
+    inside: tuple[str, ...] = ()
+    for key, module in model.named_modules():
+        if not key or key.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, key + ".")
+        if check_target_module_exists(config, key) if saved is None else key in saved:
+            if getattr(module, "merged", False):
+                raise CraftError(
+                    f"The adapter(s) {module.merged_adapters} are merged into '{key}', so its weight is not the "
+                    "pretrained one. Call `unmerge_adapter()` before you add another adapter."
+                )
+            targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
+    if not targets:
+        raise explain_no_match(config.target_modules, model)
+    return targets
 
 
 def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None:
