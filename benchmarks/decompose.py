@@ -1,6 +1,6 @@
 """Time to adapt a RoBERTa-large shape with CRAFT, and the energy that its bases keep of a real encoder's weights.
 
-    python benchmarks/decompose.py --model MODEL_FOLDER --output results/decompose.json
+    python benchmarks/decompose.py --model MODEL_FOLDER --name all-MiniLM-L6-v2 --output results/decompose.json
     python benchmarks/decompose.py --quick                  # two layers, no real encoder: that the script runs
 
 The shape has random weights, query and value of 24 layers of width 1024, float32; what is timed is `get_peft_model`,
@@ -55,6 +55,7 @@ def kept_energy(folder: str) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a real encoder; without it no energies are measured")
+    parser.add_argument("--name", help="what to call that encoder (default: the folder's name)")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--quick", action="store_true", help="two layers, once")
     arguments = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
         "kept_energy": kept_energy(arguments.model) if arguments.model else None,
-        "model": Path(arguments.model).name if arguments.model else None,
+        "model": arguments.name or (Path(arguments.model).name if arguments.model else None),
         "versions": describe_versions(),
         "processor": describe_processor(),
     }
