@@ -161,7 +161,8 @@ def advice(reports: Sequence[StackReport]) -> list[str]:
         f"takes --ranks {','.join(map(str, ranks))}: {trained:,} trained numbers."
     )
     lines.append(
-        "The step of the optimizer grows with the rank: for other ranks than 100, scale the learning rate with 100 / r."
+        "The step of the optimizer grows with the rank: `craft-peft train` scales its learning rate with 100 / r; do "
+        "the same in code of your own."
     )
     return lines
 
