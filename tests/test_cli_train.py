@@ -244,3 +244,28 @@ class TestPredict:
         monkeypatch.setattr("sys.stdin", terminal)
         status, _, err = command("predict", glue_run)
         assert status == 2 and "No text was given. Give --text, a file, or texts on standard input." in err
+
+
+class TestExport:
+    def test_exact_export_is_a_lora(self, command: Command, glue_run: Path, tmp_path: Path) -> None:
+        status, out, _ = command("export", glue_run, "--output", tmp_path / "lora")
+        assert status == 0 and "LoRA of rank 8 (exact) for 4 layers" in out
+        config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["r"]) == ("LORA", 8)
+        assert (tmp_path / "lora" / "tokenizer.json").is_file()
+
+    def test_smaller_rank_tells_its_error(self, command: Command, glue_run: Path, tmp_path: Path) -> None:
+        status, out, _ = command("export", glue_run, "--output", tmp_path / "lora", "--rank", 2, "--dtype", "bfloat16")
+        assert status == 0 and "What rank 2 leaves out" in out and "LoRA of rank 2 (relative error" in out
+
+    def test_mistakes(self, command: Command, glue_run: Path, pair_run: Path, tmp_path: Path) -> None:
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "file").touch()
+        for words, message in (
+            ((glue_run, "--output", tmp_path / "taken"), "is there already and not an empty folder"),
+            ((glue_run, "--output", tmp_path / "new", "--rank", 9), "rank=9 is outside 1..8"),
+            ((pair_run, "--output", tmp_path / "new"), "has no adapter to export"),
+        ):
+            status, _, err = command("export", *words)
+            assert status == 2 and err.startswith("error: ") and message in err
+        assert not (tmp_path / "new").exists()
