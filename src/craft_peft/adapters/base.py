@@ -66,6 +66,7 @@ class StackAdapter(nn.Module, ABC):
         self.scaling = scaling
         self.dropout = dropout
         self._deferred: ReadWeights | None = None
+        self.registered_in: tuple[nn.ModuleDict, str] = (nn.ModuleDict(), "")
 
     @abstractmethod
     def initialise(self, weights: Sequence[Tensor]) -> None:
@@ -83,6 +84,15 @@ class StackAdapter(nn.Module, ABC):
             x: the input of the layer.
         """
         return F.linear(x, self.delta_weight(layer).to(x.dtype))
+
+    def forward(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """`delta_output` as a call of the module: engines that shard parameters gather them around such calls."""
+        return self.delta_output(layer, x)
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The first trained tensor, under the name by which PEFT's FSDP policy tells what to wrap by itself."""
+        return next(self.parameters(), None)
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that this form of it has."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
+from .distributed import check_engine
 from .stacks import oriented
 
 
@@ -36,7 +37,10 @@ class StackSlot(nn.Module):
 
     def delta_output(self, x: Tensor) -> Tensor:
         """What the adapter adds to this layer's output."""
-        return self.adapter.delta_output(self.layer, F.dropout(x, self.adapter.dropout, self.training))
+        if self.training and not torch.compiler.is_compiling():
+            check_engine(self.adapter)
+        holder, name = self.adapter.registered_in  # FSDP 1 has put a wrapper there, which has to be called
+        return holder[name](self.layer, F.dropout(x, self.adapter.dropout, self.training))
 
 
 class StackedLinear(nn.Module, BaseTunerLayer):
@@ -78,7 +82,9 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         """Add an adapter: its place here, and, for the first layer of the stack, the adapter itself."""
         self.slots[adapter_name] = slot.train(self.training)
         if owner:
-            getattr(self, self._owned_name)[adapter_name] = slot.adapter.train(self.training)
+            owned = getattr(self, self._owned_name)
+            owned[adapter_name] = slot.adapter.train(self.training)
+            slot.adapter.registered_in = (owned, adapter_name)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus what every active adapter adds.

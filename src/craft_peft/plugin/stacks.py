@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import StackShape
 from ..errors import CraftError
+from .distributed import whole
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Stack:
         """
         weights = []
         for key, module in zip(self.keys, self.modules, strict=True):
-            weight = oriented(module, cast(Tensor, module.weight).detach())
+            weight = oriented(module, whole(cast(Tensor, module.weight)).detach())
             if weight.is_meta:
                 raise CraftError(
                     f"The weight of '{key}' is on the meta device, so it holds no numbers to decompose. Load the base "
@@ -81,8 +82,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    d_in, d_out = cast(Tensor, module.weight).shape
-    return d_out, d_in
+    return module.nf, module.nx
 
 
 def collect_stacks(targets: Iterable[tuple[str, nn.Module]]) -> list[Stack]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
 from .config import StackConfig
+from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
 from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match
@@ -83,7 +84,7 @@ class StackTuner(BaseTuner):
             if peft_config._read_from_file and peft_config.saves_what_it_derived:
                 adapter.defer(stack.read_weights)
             else:
-                adapter.initialise(stack.read_weights())
+                initialise(adapter, stack.read_weights)
             for layer, key in enumerate(stack.keys):
                 slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
                 self._slots[key] = (slot, layer == 0)
@@ -112,11 +113,19 @@ class StackTuner(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT enters this around forward and generate with their arguments.
+        if not torch.compiler.is_compiling():
+            keep_frozen_tensors_out_of_ddp()
         if kwargs.get("adapter_names") is None:
             yield
             return
         with rows_use(self.model, kwargs["adapter_names"], list(self.peft_config), kwargs.get("num_beams")):
             yield
+
+    @classmethod
+    def _get_adapter_state_dict(cls, state_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+        # PEFT 0.21 looks for the paths of adapted layers, into which FSDP 1 puts wrappers: it would save nothing.
+        found = {key: tensor for key, tensor in state_dict.items() if f".{cls.prefix}" in key}
+        return super()._get_adapter_state_dict(state_dict=state_dict, **kwargs) | found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
