@@ -107,9 +107,7 @@ def engine(request, base, tmp_path_factory) -> Ran:
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         environment = {**os.environ, **address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         assert args.nproc_per_node == "2"
-        start_processes(
-            worker.enter, (environment, request.param, base, folder), nprocs=2, start_method="forkserver"
-        )
+        start_processes(worker.enter, (environment, request.param, base, folder), nprocs=2, start_method="forkserver")
 
     expected = request.getfixturevalue("alone_without_head" if request.param == "fsdp1" else "alone")
     options = ["--config_file", config_of(request.param), "--main_process_port", "0", worker.example.__file__]

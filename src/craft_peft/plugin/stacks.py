@@ -41,7 +41,7 @@ class Stack:
         return StackShape(len(self.modules), *weight_shape(self.modules[0]))
 
     def read_weights(self) -> list[Tensor]:
-        """The pretrained weights as ``(out, in)``, a tensor a layer: views, not copies.
+        """The pretrained weights as ``(out, in)``, a tensor a layer: views, or copies of what ZeRO-3 has split.
 
         Raises:
             CraftError: a weight on the meta device, quantised, or with NaN or infinity; names the module.
@@ -82,7 +82,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    return module.nf, module.nx
+    return cast(int, module.nf), cast(int, module.nx)
 
 
 def collect_stacks(targets: Iterable[tuple[str, nn.Module]]) -> list[Stack]:
