@@ -34,7 +34,7 @@ class Method:
         """An initialised adapter on random weights, away from its start if `init_weights=False` is among the fields."""
         torch.manual_seed(seed)
         adapter = self.config(**fields).build_adapter("query", shape).to(dtype)
-        adapter.initialise([torch.randn(shape.matrix, dtype=dtype) for _ in range(shape.layers)])
+        adapter.initialise(lambda: [torch.randn(matrix, dtype=dtype) for matrix in shape.matrices])
         return adapter
 
 

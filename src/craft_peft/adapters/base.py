@@ -26,25 +26,54 @@ from ..errors import CraftError
 
 @dataclass(frozen=True)
 class StackShape:
-    """The sizes of a stack: `layers` matrices of ``(d_out, d_in)``.
+    """The sizes ``(d_out, d_in)`` of the matrices of a stack, in the order of the layers.
+
+    In the stacks of most methods they are all the same; `layers`, `d_out` and `d_in` then describe them.
 
     Example:
-        >>> StackShape(layers=12, d_out=768, d_in=768).matrix
-        (768, 768)
+        >>> shape = StackShape.uniform(layers=12, d_out=768, d_in=512)
+        >>> shape.layers, shape.d_out, shape.d_in, len(shape.matrices)
+        (12, 768, 512, 12)
     """
 
-    layers: int
-    d_out: int
-    d_in: int
+    matrices: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def uniform(cls, layers: int, d_out: int, d_in: int) -> StackShape:
+        """`layers` matrices of one shape."""
+        return cls(((d_out, d_in),) * layers)
+
+    @property
+    def layers(self) -> int:
+        """How many matrices."""
+        return len(self.matrices)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The shape of one layer's weight."""
-        return self.d_out, self.d_in
+        """The shape that all matrices have; methods that share factors over the layers ask for it."""
+        if len(set(self.matrices)) != 1:
+            raise CraftError(
+                f"The matrices of this stack have the shapes {sorted(set(self.matrices))}; one shape is needed."
+            )
+        return self.matrices[0]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{d_out} x {d_in}" for d_out, d_in in dict.fromkeys(self.matrices))
+        return f"{self.layers} layers of {sizes} weights"
+
+    @property
+    def d_out(self) -> int:
+        """The output size of every matrix."""
+        return self.matrix[0]
+
+    @property
+    def d_in(self) -> int:
+        """The input size of every matrix."""
+        return self.matrix[1]
 
 
 ReadWeights = Callable[[], Sequence[Tensor]]
-"""Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, when an adapter needs them."""
+"""Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, to an adapter that needs them."""
 
 
 class StackAdapter(nn.Module, ABC):
@@ -68,8 +97,8 @@ class StackAdapter(nn.Module, ABC):
         self._deferred: ReadWeights | None = None
 
     @abstractmethod
-    def initialise(self, weights: Sequence[Tensor]) -> None:
-        """Fill every frozen tensor from the pretrained weights, one ``(d_out, d_in)`` tensor a layer."""
+    def initialise(self, read_weights: ReadWeights) -> None:
+        """Fill every frozen tensor, from the pretrained weights if the method needs them (it reads them then)."""
 
     @abstractmethod
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
@@ -92,7 +121,7 @@ class StackAdapter(nn.Module, ABC):
         return delta, torch.eye(self.shape.d_in).to(delta)
 
     def defer(self, read_weights: ReadWeights) -> None:
-        """Call `initialise` on these weights when the frozen tensors are first used, unless they are loaded before."""
+        """Call `initialise` with this reader when the frozen tensors are first used, unless they are loaded before."""
         self._deferred = read_weights
 
     @contextmanager
@@ -108,7 +137,7 @@ class StackAdapter(nn.Module, ABC):
         """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
         if self._deferred is not None:
             read_weights, self._deferred = self._deferred, None
-            self.initialise(read_weights())
+            self.initialise(read_weights)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.make_ready()
@@ -121,13 +150,13 @@ class StackAdapter(nn.Module, ABC):
             if saved is not None and saved.shape != own.shape:
                 raise CraftError(
                     f"The saved adapter does not fit this base model: '{prefix}{name}' was saved with the shape "
-                    f"{tuple(saved.shape)} and needs {tuple(own.shape)} for {self.shape.layers} layers of "
-                    f"{self.shape.d_out} x {self.shape.d_in} weights. Load it on the base model that it was trained on."
+                    f"{tuple(saved.shape)} and needs {tuple(own.shape)} for {self.shape}. Load it on the base model "
+                    "that it was trained on."
                 )
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""
-        return f"layers={self.shape.layers}, d_out={self.shape.d_out}, d_in={self.shape.d_in}, scaling={self.scaling}"
+        return f"{self.shape}, scaling={self.scaling}"
 
 
 class FactoredStackAdapter(StackAdapter):

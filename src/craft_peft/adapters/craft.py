@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import CraftError
 from ..tucker import Decomposition, Tucker, hosvd
-from .base import FactoredStackAdapter, StackShape, stack_weights
+from .base import FactoredStackAdapter, ReadWeights, StackShape, stack_weights
 
 TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
 """The trained matrices, in the order of the modes (0: layers, 1: out, 2: in)."""
@@ -59,8 +59,8 @@ class CraftAdapter(FactoredStackAdapter):
             factors that was trained on other weights.
 
     Example:
-        >>> adapter = CraftAdapter(StackShape(layers=6, d_out=16, d_in=12), ranks=(6, 4, 4))
-        >>> adapter.initialise([torch.randn(16, 12) for _ in range(6)])
+        >>> adapter = CraftAdapter(StackShape.uniform(layers=6, d_out=16, d_in=12), ranks=(6, 4, 4))
+        >>> adapter.initialise(lambda: [torch.randn(16, 12) for _ in range(6)])
         >>> sum(parameter.numel() for parameter in adapter.parameters())
         68
         >>> bool((adapter.delta_weight(3) == 0).all())
@@ -100,8 +100,9 @@ class CraftAdapter(FactoredStackAdapter):
             start = torch.zeros(rank, rank) if init_weights else torch.randn(rank, rank) / (2 * rank**0.5)
             self.register_parameter(name, nn.Parameter(start) if mode in trained_modes else None)
 
-    def initialise(self, weights: Sequence[Tensor]) -> None:
+    def initialise(self, read_weights: ReadWeights) -> None:
         """Decompose the stack and fill core, factors and fingerprint. Costs what `craft_peft.tucker.hosvd` costs."""
+        weights = read_weights()
         tucker = hosvd(stack_weights(weights), self.ranks, self.decomposition)
         fingerprint = torch.cat([weights_fingerprint(weights), _basis_fingerprint(tucker)])
         for name, tensor in zip(FROZEN, (tucker.core, *tucker.factors, fingerprint), strict=True):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import get_args
+from typing import Any, get_args
 
 from peft import PeftConfig, PeftType
 
@@ -14,6 +15,7 @@ from ..adapters.base import StackAdapter, StackShape
 from ..adapters.craft import CraftAdapter
 from ..errors import CraftError
 from ..tucker import Decomposition
+from .stacks import Together
 
 PAPER_RANKS = (24, 100, 100)
 """(layer, out, in) ranks of the CRAFT paper, on 24 layers."""
@@ -57,6 +59,13 @@ class StackConfig(PeftConfig):
         default=True,
         metadata={"help": "True starts exactly at the base model. False starts away from it, for tests of plumbing."},
     )
+    rank_pattern: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Other ranks for some target modules: from a name, name ending or regular expression to ranks. "
+            "Only modules with the same ranks form a stack."
+        },
+    )
     craft_peft_version: str | None = field(
         default=None, metadata={"help": "The version of craft-peft that wrote this config. Leave empty to fill in."}
     )
@@ -88,16 +97,32 @@ class StackConfig(PeftConfig):
         if not 0 <= self.dropout < 1:
             raise CraftError(f"dropout={self.dropout} is outside [0, 1).")
 
+    @property
+    def together(self) -> Together:
+        """Which target modules form one stack."""
+        return "projection"
+
+    def matching_pattern(self, key: str) -> str | None:
+        """The first pattern of `rank_pattern` that the path of a module matches."""
+        matches = (pattern for pattern in self.rank_pattern if re.match(rf"(.*\.)?({pattern})$", key))
+        return next(matches, None)
+
+    def ranks_of(self, key: str) -> Any:
+        """What `rank_pattern` says of the module of that path, or None."""
+        pattern = self.matching_pattern(key)
+        return None if pattern is None else self.rank_pattern[pattern]
+
     @abstractmethod
-    def build_adapter(self, name: str, shape: StackShape) -> StackAdapter:
+    def build_adapter(self, name: str, shape: StackShape, ranks: Any = None) -> StackAdapter:
         """The adapter of one stack, before `initialise`.
 
         Args:
             name: the name of the stack, for messages.
             shape: its sizes.
+            ranks: what it has instead of the config's ranks, by `rank_pattern`.
         """
 
-    def explain_defaults(self, name: str, shape: StackShape) -> list[str]:
+    def explain_defaults(self, name: str, shape: StackShape, ranks: Any = None) -> list[str]:
         """What a default became for one stack, in sentences, where a user may not expect it."""
         return []
 
@@ -120,7 +145,7 @@ class CraftConfig(StackConfig):
     Example:
         >>> CraftConfig(task_type="SEQ_CLS", target_modules=["query", "value"]).ranks
         'paper'
-        >>> CraftConfig(ranks=(12, 100, 100)).resolve_ranks("query", StackShape(12, 768, 768))
+        >>> CraftConfig(ranks=(12, 100, 100)).resolve_ranks("query", StackShape.uniform(12, 768, 768))
         (12, 100, 100)
     """
 
@@ -152,24 +177,16 @@ class CraftConfig(StackConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType["CRAFT"]  # registered on import of the package
-        if isinstance(self.ranks, list):  # as JSON has them
-            self.ranks = tuple(self.ranks)
+        self.ranks = _as_tuple(self.ranks)
+        self.rank_pattern = {pattern: _as_tuple(ranks) for pattern, ranks in self.rank_pattern.items()}
         self.trained_modes = tuple(self.trained_modes)
         super().__post_init__()
 
     def _check_fields(self) -> None:
         super()._check_fields()
-        if self.ranks != "paper":
-            if not isinstance(self.ranks, tuple) or len(self.ranks) != 3:
-                raise CraftError(
-                    f"ranks={self.ranks!r} has to be 'paper' or three whole numbers (layer, out, in), such as "
-                    "(12, 100, 100)."
-                )
-            for mode, rank in enumerate(self.ranks):
-                if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                    raise CraftError(
-                        f"ranks[{mode}]={rank!r}, the {MODES[mode]} rank, has to be a whole number of at least 1."
-                    )
+        _check_ranks("ranks", self.ranks)
+        for pattern, ranks in self.rank_pattern.items():
+            _check_ranks(f"rank_pattern[{pattern!r}]", ranks)
         if not self.trained_modes or not set(self.trained_modes) <= {0, 1, 2}:
             raise CraftError(
                 f"trained_modes={self.trained_modes!r} has to name at least one of the modes 0 (layers), 1 (out) and "
@@ -180,24 +197,26 @@ class CraftConfig(StackConfig):
                 f"decomposition={self.decomposition!r} is unknown. Use one of {', '.join(get_args(Decomposition))}."
             )
 
-    def resolve_ranks(self, name: str, shape: StackShape) -> tuple[int, int, int]:
+    def resolve_ranks(self, name: str, shape: StackShape, ranks: Any = None) -> tuple[int, int, int]:
         """The ranks for one stack.
 
         Args:
             name: the name of the stack, for messages.
             shape: its sizes.
+            ranks: what it has instead of the config's ranks.
 
         Raises:
             CraftError: a rank above the size of its mode, with the ranks to use instead.
         """
         sizes = (shape.layers, shape.d_out, shape.d_in)
-        wanted = PAPER_RANKS if isinstance(self.ranks, str) else self.ranks
+        ranks = self.ranks if ranks is None else ranks
+        wanted = PAPER_RANKS if isinstance(ranks, str) else ranks
         largest = (min(wanted[0], sizes[0]), min(wanted[1], sizes[1]), min(wanted[2], sizes[2]))
-        if isinstance(self.ranks, str):
+        if isinstance(ranks, str):
             return largest
         what = ("layer directions", "output directions", "input directions")
         have = ("layers", "outputs", "inputs")
-        for mode, (rank, size) in enumerate(zip(self.ranks, sizes, strict=True)):
+        for mode, (rank, size) in enumerate(zip(wanted, sizes, strict=True)):
             if rank > size:
                 raise CraftError(
                     f"`ranks[{mode}]={rank}` keeps more {what[mode]} than stack '{name}' has {have[mode]} ({size}). "
@@ -205,21 +224,21 @@ class CraftConfig(StackConfig):
                 )
         return largest
 
-    def explain_defaults(self, name: str, shape: StackShape) -> list[str]:
+    def explain_defaults(self, name: str, shape: StackShape, ranks: Any = None) -> list[str]:
         """Says so if a stack is too small for the paper's ranks."""
-        ranks = self.resolve_ranks(name, shape)
-        if self.ranks != "paper" or ranks == PAPER_RANKS:
+        found = self.resolve_ranks(name, shape, ranks)
+        if (self.ranks if ranks is None else ranks) != "paper" or found == PAPER_RANKS:
             return []
         return [
-            f"ranks='paper' became {ranks} for stack '{name}': the paper's {PAPER_RANKS}, each at most the size of its "
+            f"ranks='paper' became {found} for stack '{name}': the paper's {PAPER_RANKS}, each at most the size of its "
             f"mode (here {shape.layers} layers, {shape.d_out} outputs, {shape.d_in} inputs)."
         ]
 
-    def build_adapter(self, name: str, shape: StackShape) -> CraftAdapter:
+    def build_adapter(self, name: str, shape: StackShape, ranks: Any = None) -> CraftAdapter:
         """The CRAFT adapter of one stack, before its decomposition."""
         return CraftAdapter(
             shape,
-            self.resolve_ranks(name, shape),
+            self.resolve_ranks(name, shape, ranks),
             decomposition=self.decomposition,
             trained_modes=self.trained_modes,
             init_weights=self.init_weights,
@@ -232,3 +251,21 @@ class CraftConfig(StackConfig):
     def saves_what_it_derived(self) -> bool:
         """True unless the factors are left out of the file."""
         return self.save_factors
+
+
+def _as_tuple(ranks: Any) -> Any:
+    return tuple(ranks) if isinstance(ranks, list) else ranks  # as JSON has them
+
+
+def _check_ranks(field_name: str, ranks: Any) -> None:
+    if ranks == "paper":
+        return
+    if not isinstance(ranks, tuple) or len(ranks) != 3:
+        raise CraftError(
+            f"{field_name}={ranks!r} has to be 'paper' or three whole numbers (layer, out, in), such as (12, 100, 100)."
+        )
+    for mode, rank in enumerate(ranks):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise CraftError(
+                f"{field_name}[{mode}]={rank!r}, the {MODES[mode]} rank, has to be a whole number of at least 1."
+            )

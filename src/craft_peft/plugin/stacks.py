@@ -1,11 +1,13 @@
-"""Which target modules of a model form one stack, in which order, and whether they can be stacked."""
+"""Which target modules of a model form one stack, and in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import cast
+from functools import cache
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +16,40 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.base import StackShape
 from ..errors import CraftError
 
+logger = logging.getLogger(__name__)
+
+Together = Literal["projection", "shape", "all"]
+"""Which modules form one stack: those of one projection and shape, all of one shape, or all."""
+
 
 @dataclass(frozen=True)
 class Stack:
-    """The modules of one projection over the layers.
+    """Modules that share an adapter: most often those of one projection over the layers.
 
     Args:
-        pattern: the modules' common path, with ``*`` for the layer index.
-        keys: their paths in the model, in the order of the layers.
+        keys: their paths in the model, in its order.
         modules: the linear modules themselves.
+        ranks: what `rank_pattern` gives them instead of the config's ranks, or None.
     """
 
-    pattern: str
     keys: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+    ranks: Any = None
+
+    @property
+    def pattern(self) -> str:
+        """The modules' common path, with ``*`` for the layer index."""
+        return " + ".join(dict.fromkeys(path_pattern(key) for key in self.keys))
 
     @property
     def name(self) -> str:
         """The projection, such as ``query``."""
-        return self.pattern.rpartition(".")[2]
+        return " + ".join(dict.fromkeys(key.rpartition(".")[2] for key in self.keys))
 
     @property
     def shape(self) -> StackShape:
-        """Number of layers, and the sizes of their weights as ``(out, in)``."""
-        return StackShape(len(self.modules), *weight_shape(self.modules[0]))
+        """The sizes of the weights as ``(out, in)``."""
+        return StackShape(tuple(weight_shape(module) for module in self.modules))
 
     def read_weights(self) -> list[Tensor]:
         """The pretrained weights as ``(out, in)``, a tensor a layer: views, not copies.
@@ -85,17 +97,36 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     return d_out, d_in
 
 
-def collect_stacks(targets: Iterable[tuple[str, nn.Module]]) -> list[Stack]:
-    """Group target modules into stacks: modules whose paths differ only in the layer index are one stack.
+def path_pattern(key: str) -> str:
+    """A module's path with ``*`` for every index in it.
+
+    Example:
+        >>> path_pattern("encoder.layer.3.attention.query")
+        'encoder.layer.*.attention.query'
+    """
+    return ".".join("*" if part.isdigit() else part for part in key.split("."))
+
+
+def collect_stacks(
+    targets: Iterable[tuple[str, nn.Module]],
+    together: Together = "projection",
+    ranks_of: Callable[[str], Any] = lambda key: None,
+) -> list[Stack]:
+    """Group target modules into stacks.
+
+    Modules of one projection are those whose paths differ only in the layer index. Where their shapes alternate, those
+    of each shape form a stack, and a message says so.
 
     Args:
         targets: path and module of every target, in the order of the model.
+        together: which modules form one stack.
+        ranks_of: the ranks that a module has instead of the config's, or None; only modules with the same form a stack.
 
     Returns:
         The stacks, in the order of their first module.
 
     Raises:
-        CraftError: a target that is not linear, or targets of one projection with different shapes.
+        CraftError: a target that is not linear.
 
     Example:
         >>> model = nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({"query": nn.Linear(4, 4)}) for _ in range(3))})
@@ -103,29 +134,44 @@ def collect_stacks(targets: Iterable[tuple[str, nn.Module]]) -> list[Stack]:
         >>> [(stack.pattern, stack.shape.layers) for stack in stacks]
         [('layer.*.query', 3)]
     """
-    groups: dict[str, list[tuple[str, nn.Module]]] = {}
+    groups: dict[Any, list[tuple[str, nn.Module]]] = {}
     for key, module in targets:
         if not isinstance(module, nn.Linear | Conv1D):
             raise CraftError(
                 f"The target module '{key}' is a {type(module).__name__}, not a linear layer. `target_modules` has to "
                 "name torch.nn.Linear or transformers' Conv1D modules."
             )
-        pattern = ".".join("*" if part.isdigit() else part for part in key.split("."))
-        groups.setdefault(pattern, []).append((key, module))
-    return [_one_stack(pattern, members) for pattern, members in groups.items()]
+        apart = {
+            "projection": (path_pattern(key), weight_shape(module)),
+            "shape": weight_shape(module),
+            "all": None,
+        }[together]
+        groups.setdefault((ranks_of(key), apart), []).append((key, module))
+    stacks = []
+    for (ranks, _), members in groups.items():
+        keys, modules = zip(*members, strict=True)
+        stacks.append(Stack(keys, modules, ranks))
+    if together == "projection":
+        _say_where_shapes_alternate(stacks)
+    return stacks
 
 
-def _one_stack(pattern: str, members: Sequence[tuple[str, nn.Module]]) -> Stack:
-    first_key, first = members[0]
-    for key, module in members:
-        if weight_shape(module) != weight_shape(first):
-            raise CraftError(
-                f"The modules '{pattern}' cannot form one stack: '{first_key}' has the shape {weight_shape(first)} and "
-                f"'{key}' has {weight_shape(module)}, as (out, in). Adapt those of one shape at a time, by "
-                "`layers_to_transform` or `exclude_modules`."
+def _say_where_shapes_alternate(stacks: list[Stack]) -> None:
+    by_pattern: dict[tuple[str, Any], list[Stack]] = {}
+    for stack in stacks:
+        by_pattern.setdefault((stack.pattern, stack.ranks), []).append(stack)
+    for (pattern, _), parts in by_pattern.items():
+        if len(parts) > 1:
+            say_once(
+                f"The modules '{pattern}' have {len(parts)} shapes, so they form {len(parts)} stacks with an adapter "
+                f"each: {', '.join(str(part.shape) for part in parts)}."
             )
-    keys, modules = zip(*members, strict=True)
-    return Stack(pattern, keys, modules)
+
+
+@cache
+def say_once(sentence: str) -> None:
+    """Log a message; not again in this process."""
+    logger.warning(sentence)
 
 
 def explain_no_match(target_modules: Collection[str] | None, model: nn.Module) -> CraftError:

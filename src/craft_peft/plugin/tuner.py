@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -23,9 +21,7 @@ from ..errors import CraftError
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
-from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match
-
-logger = logging.getLogger(__name__)
+from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
 
 QUERY_AND_VALUE = {
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -72,18 +68,20 @@ class StackTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: StackConfig, model: nn.Module) -> None:
         """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
-        stacks = collect_stacks(find_targets(peft_config, model, self._saved_modules))
-        adapters = [peft_config.build_adapter(stack.name, stack.shape) for stack in stacks]
+        targets = find_targets(peft_config, model, self._saved_modules)
+        stacks = collect_stacks(targets, peft_config.together, peft_config.ranks_of)
+        _check_rank_pattern(peft_config, targets)
+        adapters = [peft_config.build_adapter(stack.name, stack.shape, stack.ranks) for stack in stacks]
         if not peft_config._read_from_file:
             for stack in stacks:
-                for sentence in peft_config.explain_defaults(stack.name, stack.shape):
-                    _say_once(sentence)
+                for sentence in peft_config.explain_defaults(stack.name, stack.shape, stack.ranks):
+                    say_once(sentence)
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
             if peft_config._read_from_file and peft_config.saves_what_it_derived:
                 adapter.defer(stack.read_weights)
             else:
-                adapter.initialise(stack.read_weights())
+                adapter.initialise(stack.read_weights)
             for layer, key in enumerate(stack.keys):
                 slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
                 self._slots[key] = (slot, layer == 0)
@@ -178,6 +176,17 @@ def find_targets(
     return targets
 
 
+def _check_rank_pattern(config: StackConfig, targets: Collection[tuple[str, nn.Module]]) -> None:
+    used = {config.matching_pattern(key) for key, _ in targets}
+    for pattern in config.rank_pattern:
+        if pattern not in used:
+            keys = ", ".join(f"'{key}'" for key in dict.fromkeys(path_pattern(key) for key, _ in targets))
+            raise CraftError(
+                f"`rank_pattern` has ranks for '{pattern}', which matches no target module, or only such that an "
+                f"earlier pattern matches. The target modules are {keys}."
+            )
+
+
 def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None:
     """Put a new adapter where the base weights are, in at least float32; on the meta device if loading will fill it."""
     weight = cast(Tensor, stack.modules[0].weight)
@@ -185,8 +194,3 @@ def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None
     # The parameters are there already when PEFT builds the whole tuner under accelerate's `init_empty_weights`.
     empty = low_cpu_mem_usage or any(parameter.is_meta for parameter in adapter.parameters())
     adapter.to(device="meta" if empty else weight.device, dtype=dtype)
-
-
-@cache
-def _say_once(sentence: str) -> None:
-    logger.warning(sentence)
