@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ class Method:
 
     Args:
         name: its name in PEFT, lower case.
+        label: what the row is called in the tests.
         config: makes a config from keyword arguments, with ranks that fit the small models of the tests.
         count: trained numbers of one stack, by the formula of the paper.
         naive_delta: what is added to layer l's weight, written with loops from the paper's equation.
     """
 
     name: str
+    label: str
     config: Callable[..., StackConfig]
     count: Callable[[StackShape], int]
     naive_delta: Callable[[StackAdapter, int], Tensor]
@@ -42,8 +45,11 @@ def _craft_config(**fields) -> CraftConfig:
     return CraftConfig(**{"ranks": (2, 4, 3), **fields})
 
 
-def _craft_count(shape: StackShape) -> int:
-    return 2**2 + 4**2 + 3**2
+CRAFT_COUNTS = {
+    "shared": lambda shape: 2**2 + 4**2 + 3**2,
+    "diagonal": lambda shape: 2**2 + 4**2 + 3**2 + shape.layers * (4 + 3),
+    "free": lambda shape: shape.layers * 4 * 3,
+}
 
 
 def _craft_naive_delta(adapter: CraftAdapter, layer: int) -> Tensor:
@@ -59,7 +65,12 @@ def _craft_naive_delta(adapter: CraftAdapter, layer: int) -> Tensor:
                     total += core * float(layer_factor[layer, a] * out_factor[out, b] * in_factor[in_, c])
         return total
 
+    if adapter.tying == "free":
+        return adapter.scaling * adapter.out_factor @ adapter.middles[layer].detach() @ adapter.in_factor.T
     moved = list(adapter.transforms().values())
+    if adapter.tying == "diagonal":  # a layer's diagonals turn the shared transforms into transforms of its own
+        moved[1] = torch.diag(1 + adapter.out_diagonals[layer].detach()) @ moved[1]
+        moved[2] = torch.diag(1 + adapter.in_diagonals[layer].detach()) @ moved[2]
     fixed = [torch.eye(rank, dtype=adapter.core.dtype) for rank in adapter.ranks]
     return torch.tensor(
         [
@@ -73,4 +84,13 @@ def _craft_naive_delta(adapter: CraftAdapter, layer: int) -> Tensor:
     )
 
 
-METHODS = [Method("craft", _craft_config, _craft_count, _craft_naive_delta)]
+METHODS = [
+    Method(
+        name="craft",
+        label="craft" if (tying, basis) == ("shared", "weights") else f"craft, {tying}, {basis}",
+        config=partial(_craft_config, tying=tying, basis=basis),
+        count=CRAFT_COUNTS[tying],
+        naive_delta=_craft_naive_delta,
+    )
+    for tying, basis in [("shared", "weights"), ("diagonal", "weights"), ("free", "random")]
+]

@@ -146,7 +146,7 @@ def stacks_of(model):
     return found
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name, method, tmp_path):
     model_class, config, stacks = ARCHITECTURES[name]

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from craft_peft.plugin.layer import StackedLinear
 
-pytestmark = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+pytestmark = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 
 
 def test_statuses_see_every_layer(method):

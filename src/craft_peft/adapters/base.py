@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class StackAdapter(nn.Module, ABC):
         self.shape = shape
         self.scaling = scaling
         self.dropout = dropout
-        self._deferred: ReadWeights | None = None
+        self._deferred: Callable[[], None] | None = None
 
     @abstractmethod
     def initialise(self, read_weights: ReadWeights) -> None:
@@ -120,9 +121,38 @@ class StackAdapter(nn.Module, ABC):
             return torch.eye(self.shape.d_out).to(delta), delta
         return delta, torch.eye(self.shape.d_in).to(delta)
 
+    @property
+    def directions_from(self) -> str | None:
+        """What `set_bases` has to be given directions of: "activations", "gradients", or None if it takes none."""
+        return None
+
+    def set_bases(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+        """Take bases from the directions of other matrices than the pretrained weights.
+
+        Args:
+            weights: the pretrained weights, one ``(d_out, d_in)`` tensor a layer.
+            directions: matrices of the same sizes.
+
+        Raises:
+            CraftError: this adapter takes none.
+        """
+        raise CraftError(f"{type(self).__name__} takes no bases from elsewhere.")
+
+    def become_weighted_sum(self, adapters: Sequence[StackAdapter], weights: Sequence[float | int]) -> None:
+        r"""Set all tensors so that :math:`\Delta W_l = \sum_i w_i \Delta W_l^i` over adapters of the same stack.
+
+        Args:
+            adapters: of this class.
+            weights: one a adapter.
+
+        Raises:
+            CraftError: this adapter cannot hold that sum.
+        """
+        raise CraftError(f"{type(self).__name__} cannot hold a sum of adapters.")
+
     def defer(self, read_weights: ReadWeights) -> None:
         """Call `initialise` with this reader when the frozen tensors are first used, unless they are loaded before."""
-        self._deferred = read_weights
+        self._deferred = partial(self.initialise, read_weights)
 
     @contextmanager
     def still_deferred(self) -> Iterator[None]:
@@ -136,8 +166,8 @@ class StackAdapter(nn.Module, ABC):
     def make_ready(self) -> None:
         """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
         if self._deferred is not None:
-            read_weights, self._deferred = self._deferred, None
-            self.initialise(read_weights)
+            deferred, self._deferred = self._deferred, None
+            deferred()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.make_ready()

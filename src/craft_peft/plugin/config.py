@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, get_args
 
 from peft import PeftConfig, PeftType
 
 from ..adapters.base import StackAdapter, StackShape
-from ..adapters.craft import CraftAdapter
+from ..adapters.craft import Basis, CraftAdapter, Tying
 from ..errors import CraftError
 from ..tucker import Decomposition
 from .stacks import Together
@@ -126,6 +126,17 @@ class StackConfig(PeftConfig):
         """What a default became for one stack, in sentences, where a user may not expect it."""
         return []
 
+    def weighted_sum(self) -> StackConfig:
+        """The config of an adapter that can be a weighted sum of adapters with this config.
+
+        Raises:
+            CraftError: the method has none.
+        """
+        raise CraftError(
+            f"A sum of {self.peft_type.value} adapters is not an adapter of that form. Keep them apart and make them "
+            "active together (`base_model.set_adapter([...])`), or export each to LoRA and add those."
+        )
+
     @property
     def saves_what_it_derived(self) -> bool:
         """Whether a saved adapter holds everything that `initialise` computes from the base weights."""
@@ -137,7 +148,8 @@ class CraftConfig(StackConfig):
     """CRAFT (arXiv 2602.17510): frozen Tucker factors of the pretrained weights, one trained square matrix a mode.
 
     The adapter of n stacks has ``n * (r1^2 + r2^2 + r3^2)`` trained numbers, whatever the width and depth of the
-    model. The fields are documented in their ``help`` metadata.
+    model; with ``tying="diagonal"`` ``L * (r2 + r3)`` more a stack of L layers, with ``"free"`` ``L * r2 * r3`` in all.
+    The fields are documented in their ``help`` metadata.
 
     Raises:
         CraftError: a field outside its range; when the model is wrapped, also a rank above the size of its mode.
@@ -167,6 +179,21 @@ class CraftConfig(StackConfig):
             "the weights' energy)."
         },
     )
+    tying: Tying = field(
+        default="shared",
+        metadata={
+            "help": "What the layers share: 'shared' (the paper), the transforms; 'diagonal', these, with a trained "
+            "diagonal of each layer's own on both sides; 'free', only the bases: a trained (r2, r3) matrix a layer."
+        },
+    )
+    basis: Basis = field(
+        default="weights",
+        metadata={
+            "help": "What the bases are taken from: 'weights' (the paper), 'random', or 'activations' or 'gradients' "
+            "of a few batches, for which `craft_peft.fit_bases(model, batches)` has to be called before training."
+        },
+    )
+    basis_seed: int = field(default=0, metadata={"help": "The seed of basis='random'."})
     save_factors: bool = field(
         default=True,
         metadata={
@@ -192,9 +219,19 @@ class CraftConfig(StackConfig):
                 f"trained_modes={self.trained_modes!r} has to name at least one of the modes 0 (layers), 1 (out) and "
                 "2 (in)."
             )
-        if self.decomposition not in get_args(Decomposition):
+        for name, allowed in (("decomposition", Decomposition), ("tying", Tying), ("basis", Basis)):
+            if getattr(self, name) not in get_args(allowed):
+                raise CraftError(
+                    f"{name}={getattr(self, name)!r} is unknown. Use one of {', '.join(get_args(allowed))}."
+                )
+        if self.tying == "free" and self.trained_modes != (0, 1, 2):
             raise CraftError(
-                f"decomposition={self.decomposition!r} is unknown. Use one of {', '.join(get_args(Decomposition))}."
+                f"trained_modes={self.trained_modes} has no meaning with tying='free', which has no transforms. Leave "
+                "it out, or use another tying."
+            )
+        if self.basis in ("activations", "gradients") and not self.save_factors:
+            raise CraftError(
+                f"basis={self.basis!r} needs save_factors=True: bases from batches cannot be computed again on load."
             )
 
     def resolve_ranks(self, name: str, shape: StackShape, ranks: Any = None) -> tuple[int, int, int]:
@@ -241,11 +278,18 @@ class CraftConfig(StackConfig):
             self.resolve_ranks(name, shape, ranks),
             decomposition=self.decomposition,
             trained_modes=self.trained_modes,
+            tying=self.tying,
+            basis=self.basis,
+            basis_seed=self.basis_seed,
             init_weights=self.init_weights,
             save_factors=self.save_factors,
             scaling=self.alpha,
             dropout=self.dropout,
         )
+
+    def weighted_sum(self) -> CraftConfig:
+        """A free middle matrix a layer on the same bases: the sum of shared ones is no shared one."""
+        return replace(self, tying="free", trained_modes=(0, 1, 2), alpha=1.0)
 
     @property
     def saves_what_it_derived(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -107,6 +107,53 @@ class StackTuner(BaseTuner):
         # are made in their place, and copying fails on heads without a weight of their own.
         setattr(parent, child_name, new_module)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float | int],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        r"""Add an adapter that is a weighted sum of others: :math:`\Delta W_l = \sum_i w_i \Delta W_l^i`, exactly.
+
+        The sum of CRAFT adapters on the same bases is one with ``tying="free"``. Heads and other saved modules are
+        not summed, as in `peft.LoraModel`.
+
+        Args:
+            adapters: names of adapters of one method on the same modules.
+            weights: one a adapter.
+            adapter_name: of the new adapter; it does not become active.
+            combination_type: only "linear".
+
+        Raises:
+            CraftError: a name that does not exist, or exists already; another number of weights; another
+                combination; adapters whose sum is no adapter of their method.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise CraftError(
+                f"There is no adapter {unknown or '(none given)'}. The model has {', '.join(self.peft_config)}."
+            )
+        if adapter_name in self.peft_config:
+            raise CraftError(f"There is an adapter '{adapter_name}' already. Give the sum another name.")
+        if len(weights) != len(adapters):
+            raise CraftError(f"{len(weights)} weights were given for {len(adapters)} adapters; one each is needed.")
+        if combination_type != "linear":
+            raise CraftError(f"combination_type={combination_type!r} is not supported. Use 'linear', which is exact.")
+        layers = [module for module in self.model.modules() if isinstance(module, StackedLinear)]
+        _check_same_stacks(layers, adapters)
+        config = cast(StackConfig, self.peft_config[adapters[0]]).weighted_sum()
+        config._read_from_file = True  # nothing to compute: all tensors are set below
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            for slots in (layer.slots for layer in layers if adapter_name in layer.slots):
+                if slots[adapter_name].layer == 0:
+                    slots[adapter_name].adapter.become_weighted_sum([slots[n].adapter for n in adapters], weights)
+        except CraftError:
+            self.delete_adapter(adapter_name)
+            raise
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT enters this around forward and generate with their arguments.
@@ -174,6 +221,17 @@ def find_targets(
     if not targets:
         raise explain_no_match(config.target_modules, model)
     return targets
+
+
+def _check_same_stacks(layers: Collection[StackedLinear], adapter_names: Collection[str]) -> None:
+    for layer in layers:
+        slots = [layer.slots[name] for name in adapter_names if name in layer.slots]
+        kinds = {(type(slot.adapter), slot.adapter.shape, slot.layer) for slot in slots}
+        if slots and (len(slots) < len(adapter_names) or len(kinds) > 1):
+            raise CraftError(
+                f"The adapters {', '.join(adapter_names)} are not of one method on the same modules, so that they have "
+                "no sum. Keep them apart and make them active together (`base_model.set_adapter([...])`)."
+            )
 
 
 def _check_rank_pattern(config: StackConfig, targets: Collection[tuple[str, nn.Module]]) -> None:
