@@ -23,6 +23,18 @@ install_import_hook([f"craft_peft.{name}" for name in CHECKED], "beartype.bearty
 # The models here are tiny: more threads only cost time, and sums keep one order.
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--features", type=Path, metavar="FILE", help="write to FILE which features of PEFT were shown")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--features"):
+        from feature_record import FeatureRecord
+
+        config.pluginmanager.register(FeatureRecord(config.getoption("--features")))
+
+
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
 
