@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -228,6 +228,16 @@ class FactoredStackAdapter(StackAdapter):
         middle = self._scaled_middle(layer)
         hidden = F.linear(F.linear(x, self.in_factor.T.to(x.dtype)), middle.to(x.dtype))
         return F.linear(hidden, self.out_factor.to(x.dtype))
+
+
+@contextmanager
+def still_deferred(model: nn.Module) -> Iterator[None]:
+    """Within it every deferred `initialise` of a model's adapters stays deferred: for reading names and shapes."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, StackAdapter):
+                stack.enter_context(module.still_deferred())
+        yield
 
 
 def stack_weights(weights: Sequence[Tensor]) -> Float[Tensor, "layers d_out d_in"]:

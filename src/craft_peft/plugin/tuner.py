@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..adapters.base import StackAdapter
+from ..adapters.base import StackAdapter, still_deferred
 from ..errors import CraftError
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
@@ -166,10 +166,7 @@ class StackTuner(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         # PEFT reads the names in `model.state_dict()` here, not the values: what is about to be loaded stays deferred.
-        with ExitStack() as stack:
-            for module in model.modules():
-                if isinstance(module, StackAdapter):
-                    stack.enter_context(module.still_deferred())
+        with still_deferred(model):
             return super()._remap_adapter_state_dict_for_load(model=model, **kwargs)
 
 
