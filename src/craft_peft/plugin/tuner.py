@@ -6,9 +6,8 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -23,6 +22,7 @@ from ..errors import CraftError
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
+from .quantization import adapter_place, backend_of
 from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class StackTuner(BaseTuner):
     ) -> None:
         slot, owner = self._slots[current_key]
         if not isinstance(target, StackedLinear):
-            target = StackedLinear(target, self.prefix)
+            target = StackedLinear(target, self.prefix, backend_of(target, self.model))
             self._replace_module(parent, target_name, target, target)
         target.update_layer(adapter_name, slot, owner=owner)
 
@@ -180,11 +180,10 @@ def find_targets(
 
 def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None:
     """Put a new adapter where the base weights are, in at least float32; on the meta device if loading will fill it."""
-    weight = cast(Tensor, stack.modules[0].weight)
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    device, dtype = adapter_place(stack.modules[0])
     # The parameters are there already when PEFT builds the whole tuner under accelerate's `init_empty_weights`.
     empty = low_cpu_mem_usage or any(parameter.is_meta for parameter in adapter.parameters())
-    adapter.to(device="meta" if empty else weight.device, dtype=dtype)
+    adapter.to(device="meta" if empty else device, dtype=dtype)
 
 
 @cache
