@@ -7,14 +7,16 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import StackShape
 from ..errors import CraftError
+from .quantization import adapter_place, backend_of, read_weight
 
 logger = logging.getLogger(__name__)
 
@@ -52,24 +54,20 @@ class Stack:
         return StackShape(tuple(weight_shape(module) for module in self.modules))
 
     def read_weights(self) -> list[Tensor]:
-        """The pretrained weights as ``(out, in)``, a tensor a layer: views, not copies.
+        """The pretrained weights as ``(out, in)``, a tensor a layer: views of plain weights, copies of quantised ones.
 
         Raises:
-            CraftError: a weight on the meta device, quantised, or with NaN or infinity; names the module.
+            CraftError: a weight on the meta device, one whose back end cannot dequantise it, or one with NaN or
+                infinity; names the module.
         """
         weights = []
         for key, module in zip(self.keys, self.modules, strict=True):
-            weight = oriented(module, cast(Tensor, module.weight).detach())
-            if weight.is_meta:
+            if adapter_place(module)[0].type == "meta":
                 raise CraftError(
                     f"The weight of '{key}' is on the meta device, so it holds no numbers to decompose. Load the base "
                     "model with its weights first (for example without `init_empty_weights`)."
                 )
-            if not weight.is_floating_point():
-                raise CraftError(
-                    f"The weight of '{key}' is stored as {weight.dtype}, which cannot be decomposed. Load the base "
-                    "model in float32, bfloat16 or float16."
-                )
+            weight = oriented(module, read_weight(module, f"'{key}'"))
             if not torch.isfinite(weight).all():
                 raise CraftError(
                     f"The weight of '{key}' holds NaN or infinity. Load the base model again, or leave that module out "
@@ -93,8 +91,13 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    d_in, d_out = cast(Tensor, module.weight).shape
+    d_in, d_out = _get_in_out_features(module)
     return d_out, d_in
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can be adapted: `torch.nn.Linear`, transformers' `Conv1D`, or what PEFT knows as quantised."""
+    return isinstance(module, nn.Linear | Conv1D) or getattr(backend_of(module), "layer_type", None) == "linear"
 
 
 def path_pattern(key: str) -> str:
@@ -136,10 +139,10 @@ def collect_stacks(
     """
     groups: dict[Any, list[tuple[str, nn.Module]]] = {}
     for key, module in targets:
-        if not isinstance(module, nn.Linear | Conv1D):
+        if not is_linear(module):
             raise CraftError(
                 f"The target module '{key}' is a {type(module).__name__}, not a linear layer. `target_modules` has to "
-                "name torch.nn.Linear or transformers' Conv1D modules."
+                "name torch.nn.Linear or transformers' Conv1D modules, or quantised ones that PEFT knows."
             )
         apart = {
             "projection": (path_pattern(key), weight_shape(module)),
@@ -192,4 +195,4 @@ def describe_linear_modules(model: nn.Module) -> str:
 
 
 def _linear_names(model: nn.Module) -> set[str]:
-    return {key.rpartition(".")[2] for key, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {key.rpartition(".")[2] for key, module in model.named_modules() if is_linear(module)}

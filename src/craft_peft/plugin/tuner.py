@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -21,6 +20,7 @@ from ..errors import CraftError
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
+from .quantization import adapter_place, backend_of
 from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
 
 QUERY_AND_VALUE = {
@@ -98,7 +98,7 @@ class StackTuner(BaseTuner):
     ) -> None:
         slot, owner = self._slots[current_key]
         if not isinstance(target, StackedLinear):
-            target = StackedLinear(target, self.prefix)
+            target = StackedLinear(target, self.prefix, backend_of(target, self.model))
             self._replace_module(parent, target_name, target, target)
         target.update_layer(adapter_name, slot, owner=owner)
 
@@ -244,8 +244,7 @@ def _check_rank_pattern(config: StackConfig, targets: Collection[tuple[str, nn.M
 
 def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None:
     """Put a new adapter where the base weights are, in at least float32; on the meta device if loading will fill it."""
-    weight = cast(Tensor, stack.modules[0].weight)
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    device, dtype = adapter_place(stack.modules[0])
     # The parameters are there already when PEFT builds the whole tuner under accelerate's `init_empty_weights`.
     empty = low_cpu_mem_usage or any(parameter.is_meta for parameter in adapter.parameters())
-    adapter.to(device="meta" if empty else weight.device, dtype=dtype)
+    adapter.to(device="meta" if empty else device, dtype=dtype)
