@@ -38,7 +38,7 @@ class FeatureRecord:
         method = item.callspec.params.get("method") if hasattr(item, "callspec") else None
         if why_not is None:
             feature["tests"].add(test_name(item))
-            feature["methods"] |= {method.label} if method is not None else set()
+            feature["methods"] |= {str(method)} if method is not None else set()
         else:
             feature["refusals"].setdefault(why_not, set()).add(test_name(item))
 

@@ -119,7 +119,7 @@ def trains_only_what_it_declares(method: Method) -> None:
     model = get_peft_model(bert(), method.config(task_type="SEQ_CLS", target_modules=TARGETS))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adapter = {name: p for name, p in trained.items() if f".{method.name}_" in name}
-    assert sum(p.numel() for p in adapter.values()) == 2 * method.count(StackShape.uniform(LAYERS, WIDTH, WIDTH))
+    assert sum(p.numel() for p in adapter.values()) == method.count([StackShape.uniform(LAYERS, WIDTH, WIDTH)] * 2)
     assert all(".classifier.modules_to_save." in name for name in trained.keys() - adapter.keys())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD(trained.values(), lr=0.5)

@@ -22,7 +22,7 @@ from craft_peft.adapters.base import StackShape
 from craft_peft.adapters.craft import CraftAdapter
 from craft_peft.plugin.registration import register_methods
 
-CRAFT = next(method for method in METHODS if method.label == "craft")
+CRAFT = next(method for method in METHODS if str(method) == "craft")
 
 
 @pytest.fixture

@@ -117,9 +117,8 @@ class StackAdapter(nn.Module, ABC):
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that this form of it has."""
         delta = self.delta_weight(layer)
-        if self.shape.d_out <= self.shape.d_in:
-            return torch.eye(self.shape.d_out).to(delta), delta
-        return delta, torch.eye(self.shape.d_in).to(delta)
+        d_out, d_in = delta.shape
+        return (torch.eye(d_out).to(delta), delta) if d_out <= d_in else (delta, torch.eye(d_in).to(delta))
 
     @property
     def directions_from(self) -> str | None:
@@ -173,6 +172,13 @@ class StackAdapter(nn.Module, ABC):
         self.make_ready()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._check_shapes(state_dict, prefix)
+        saved = [name for name, _ in self.named_buffers(recurse=False) if name not in self._non_persistent_buffers_set]
+        if all(prefix + name in state_dict for name in saved):
+            self._deferred = None  # everything frozen comes with the state: nothing is left to compute
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Refuse saved tensors of other shapes before any is loaded; torch would name each, but not the reason."""
         for name, own in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
@@ -202,6 +208,10 @@ class FactoredStackAdapter(StackAdapter):
     out_factor: Float[Tensor, "d_out r_out"]
     in_factor: Float[Tensor, "d_in r_in"]
 
+    def factors(self) -> tuple[Float[Tensor, "d_out r_out"], Float[Tensor, "d_in r_in"]]:
+        """The matrices :math:`U` and :math:`V`."""
+        return self.out_factor, self.in_factor
+
     @abstractmethod
     def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
         """The small matrix :math:`K_l` of a layer, without the scaling."""
@@ -214,20 +224,24 @@ class FactoredStackAdapter(StackAdapter):
 
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
         """``scaling * out_factor @ middle(layer) @ in_factor.T``."""
-        return self.out_factor @ self._scaled_middle(layer) @ self.in_factor.T
+        middle = self._scaled_middle(layer)
+        out_factor, in_factor = self.factors()
+        return out_factor @ middle @ in_factor.T
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """``(out_factor @ K_l, in_factor.T)`` or ``(out_factor, K_l @ in_factor.T)``, as the smaller rank asks."""
         middle = self._scaled_middle(layer)
+        out_factor, in_factor = self.factors()
         if middle.shape[1] <= middle.shape[0]:
-            return self.out_factor @ middle, self.in_factor.T
-        return self.out_factor, middle @ self.in_factor.T
+            return out_factor @ middle, in_factor.T
+        return out_factor, middle @ in_factor.T
 
     def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """``x @ delta_weight(layer).T``, through the thin factors: ``(d_in + d_out) * r`` products a token."""
         middle = self._scaled_middle(layer)
-        hidden = F.linear(F.linear(x, self.in_factor.T.to(x.dtype)), middle.to(x.dtype))
-        return F.linear(hidden, self.out_factor.to(x.dtype))
+        out_factor, in_factor = self.factors()
+        hidden = F.linear(F.linear(x, in_factor.T.to(x.dtype)), middle.to(x.dtype))
+        return F.linear(hidden, out_factor.to(x.dtype))
 
 
 @contextmanager

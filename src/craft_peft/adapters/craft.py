@@ -231,11 +231,9 @@ class CraftAdapter(FactoredStackAdapter):
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._check_shapes(state_dict, prefix)
         fingerprint = state_dict.get(prefix + "fingerprint")
-        if f"{prefix}core" in state_dict:
-            self._deferred = None  # core and factors come with the state: nothing is left to compute
-        elif fingerprint is not None:
+        if fingerprint is not None and f"{prefix}core" not in state_dict:
+            self._check_shapes(state_dict, prefix)
             self.make_ready()
             self._check_same_bases(fingerprint)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

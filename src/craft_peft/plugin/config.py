@@ -1,4 +1,4 @@
-"""What a user asks for: one config class a method, all with PEFT's usual fields."""
+"""What a user asks for: the fields that every method has, and those of CRAFT. One config class a method."""
 
 from __future__ import annotations
 
@@ -313,3 +313,21 @@ def _check_ranks(field_name: str, ranks: Any) -> None:
             raise CraftError(
                 f"{field_name}[{mode}]={rank!r}, the {MODES[mode]} rank, has to be a whole number of at least 1."
             )
+
+
+def check_whole_number(field_name: str, value: Any) -> None:
+    """Refuse a field that is not a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CraftError(f"{field_name}={value!r} has to be a whole number of at least 1.")
+
+
+def check_positive(field_name: str, value: float) -> None:
+    """Refuse a field that is not above 0."""
+    if not value > 0:
+        raise CraftError(f"{field_name}={value} has to be above 0.")
+
+
+def check_choice(field_name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a field that is none of its choices."""
+    if value not in choices:
+        raise CraftError(f"{field_name}={value!r} is unknown. Use one of {', '.join(choices)}.")
