@@ -257,7 +257,7 @@ def mixes_adapters_in_a_batch(method: Method) -> None:
     mixed = model(rows, adapter_names=["second", "__base__", "default", "second"]).logits
     assert_close(mixed[0], expected["second"], products=200)
     assert_close(mixed[2], expected["default"], products=200)
-    assert torch.equal(mixed[0], mixed[3])
+    assert_close(mixed[3], mixed[0], products=200)
     assert_close(mixed[1], base(rows).logits[0], products=200)
 
 
