@@ -76,6 +76,9 @@ class StackShape:
 ReadWeights = Callable[[], Sequence[Tensor]]
 """Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, to an adapter that needs them."""
 
+FINGERPRINT_NUMBERS = 4
+"""How many numbers of each layer's weight `weights_fingerprint` holds."""
+
 
 class StackAdapter(nn.Module, ABC):
     """What is added to the weights of one stack, held once for all its layers.
@@ -83,6 +86,9 @@ class StackAdapter(nn.Module, ABC):
     Trained tensors are parameters; what is frozen (bases taken from the pretrained weights) are buffers. The frozen
     part is either computed from the weights (`initialise`) or loaded with a state dict. To save a decomposition that
     loading would overwrite, `defer` postpones it until the tensors are first needed.
+
+    A method whose frozen tensors mean something beside the weights they were computed from alone has a buffer
+    ``fingerprint`` that begins with their `weights_fingerprint`; `watch_loading` then tells when another is loaded.
 
     Args:
         shape: the sizes of the stack.
@@ -96,6 +102,7 @@ class StackAdapter(nn.Module, ABC):
         self.scaling = scaling
         self.dropout = dropout
         self._deferred: Callable[[], None] | None = None
+        self._watcher: Callable[[Tensor], None] | None = None
 
     @abstractmethod
     def initialise(self, read_weights: ReadWeights) -> None:
@@ -153,6 +160,20 @@ class StackAdapter(nn.Module, ABC):
         """Call `initialise` with this reader when the frozen tensors are first used, unless they are loaded before."""
         self._deferred = partial(self.initialise, read_weights)
 
+    def watch_loading(self, watcher: Callable[[Tensor], None]) -> None:
+        """Call this with the saved fingerprint whenever frozen tensors are loaded together with one."""
+        self._watcher = watcher
+
+    def _meet_fingerprint(self, saved: Tensor) -> None:
+        if self._watcher is not None:
+            self._watcher(saved)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' own loading sets tensors one by one, with this mark, and calls no `load_state_dict`.
+        if name == "fingerprint" and getattr(value, "_is_hf_initialized", False):
+            self._meet_fingerprint(value)
+        super().__setattr__(name, value)
+
     @contextmanager
     def still_deferred(self) -> Iterator[None]:
         """Within it a deferred `initialise` stays deferred: for reading names and shapes, not values."""
@@ -166,7 +187,11 @@ class StackAdapter(nn.Module, ABC):
         """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
         if self._deferred is not None:
             deferred, self._deferred = self._deferred, None
-            deferred()
+            try:
+                deferred()
+            except CraftError:
+                self._deferred = deferred  # the next use is an error again, not a use of tensors that hold nothing
+                raise
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.make_ready()
@@ -177,6 +202,8 @@ class StackAdapter(nn.Module, ABC):
         saved = [name for name, _ in self.named_buffers(recurse=False) if name not in self._non_persistent_buffers_set]
         if all(prefix + name in state_dict for name in saved):
             self._deferred = None  # everything frozen comes with the state: nothing is left to compute
+            if "fingerprint" in saved:
+                self._meet_fingerprint(state_dict[f"{prefix}fingerprint"])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -262,3 +289,29 @@ def stack_weights(weights: Sequence[Tensor]) -> Float[Tensor, "layers d_out d_in
         torch.Size([2, 3, 4])
     """
     return torch.stack([weight.detach().to(weights[0].device) for weight in weights])
+
+
+def weights_fingerprint(weights: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
+    """Norm and three fixed entries of each layer's weight: tells base models apart in one pass over the weights.
+
+    Example:
+        >>> weights_fingerprint([torch.eye(2)])
+        tensor([1.4142, 1.0000, 0.0000, 1.0000])
+    """
+    rows = []
+    for weight in weights:
+        norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
+        rows.append(torch.cat([norm.reshape(1), fixed_entries(weight).double()]))
+    return torch.cat([row.to(rows[0].device) for row in rows]).float()
+
+
+def fixed_entries(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " numbers"]:
+    """The first, the middle and the last entry of a weight: reading them costs nothing.
+
+    Example:
+        >>> fixed_entries(torch.arange(6.0).reshape(2, 3))
+        tensor([0., 2., 5.])
+    """
+    places = torch.linspace(0, weight.numel() - 1, FINGERPRINT_NUMBERS - 1, dtype=torch.float64).long()
+    places = places.to(weight.device)
+    return weight.detach()[places // weight.shape[1], places % weight.shape[1]]

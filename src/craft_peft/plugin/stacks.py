@@ -61,13 +61,8 @@ class Stack:
                 infinity; names the module.
         """
         weights = []
-        for key, module in zip(self.keys, self.modules, strict=True):
-            if adapter_place(module)[0].type == "meta":
-                raise CraftError(
-                    f"The weight of '{key}' is on the meta device, so it holds no numbers to decompose. Load the base "
-                    "model with its weights first (for example without `init_empty_weights`)."
-                )
-            weight = oriented(module, read_weight(module, f"'{key}'"))
+        for layer, key in enumerate(self.keys):
+            weight = self.read_weight(layer)
             if not torch.isfinite(weight).all():
                 raise CraftError(
                     f"The weight of '{key}' holds NaN or infinity. Load the base model again, or leave that module out "
@@ -75,6 +70,16 @@ class Stack:
                 )
             weights.append(weight)
         return weights
+
+    def read_weight(self, layer: int) -> Tensor:
+        """One of `read_weights`, which may hold NaN or infinity."""
+        key, module = self.keys[layer], self.modules[layer]
+        if adapter_place(module)[0].type == "meta":
+            raise CraftError(
+                f"The weight of '{key}' is on the meta device, so it holds no numbers to decompose. Load the base "
+                "model with its weights first (for example without `init_empty_weights`)."
+            )
+        return oriented(module, read_weight(module, f"'{key}'"))
 
 
 def oriented(module: nn.Module, matrix: Tensor) -> Tensor:

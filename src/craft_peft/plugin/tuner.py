@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from ..adapters.base import StackAdapter, still_deferred
 from ..errors import CraftError
+from .base_check import BaseCheck
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
-from .quantization import adapter_place, backend_of
+from .quantization import adapter_place, backend_of, quantization_of
 from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
 
 QUERY_AND_VALUE = {
@@ -76,8 +78,11 @@ class StackTuner(BaseTuner):
             for stack in stacks:
                 for sentence in peft_config.explain_defaults(stack.name, stack.shape, stack.ranks):
                     say_once(sentence)
+            peft_config.base_quantization = quantization_of(module for stack in stacks for module in stack.modules)
+        check = BaseCheck.between(peft_config, self.model)
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
+            adapter.watch_loading(partial(check.compare, stack))
             if peft_config._read_from_file and peft_config.saves_what_it_derived:
                 adapter.defer(stack.read_weights)
             else:
