@@ -111,7 +111,8 @@ class StackAdapter(nn.Module, ABC):
             self.initialise(read_weights())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.make_ready()
+        if not any(parameter.is_meta for parameter in self.parameters()):  # those are still to be loaded
+            self.make_ready()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str) -> None:
