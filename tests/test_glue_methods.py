@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 
 from craft_peft import CraftConfig, CraftError
-from craft_peft.glue.methods import METHODS, MethodOptions, Recipe, find_method, make_peft_config
+from craft_peft.glue.method_row import MethodOptions
+from craft_peft.glue.methods import METHODS, find_method, make_peft_config
+from craft_peft.glue.recipes import Recipe
 from craft_peft.glue.settings import TrainingConfig
 
 
@@ -38,11 +40,21 @@ def test_extra_options_reach_the_config() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lora", MethodOptions(ranks=(8, 8)), r"ranks=\(8, 8\) does not fit LoRA, which takes one positive rank"),
-        ("lora", MethodOptions(ranks=(0,)), r"ranks=\(0,\) does not fit LoRA"),
+        (
+            "lora",
+            MethodOptions(ranks=(8, 8)),
+            r"ranks=\(8, 8\) does not fit method `lora`, which takes 1 .*`--ranks R`",
+        ),
+        ("lora", MethodOptions(ranks=(0,)), r"ranks=\(0,\) does not fit method `lora`"),
+        ("vblora", MethodOptions(ranks=(90,)), r"takes 2 .*`--ranks NUM_VECTORS,VECTOR_LENGTH`"),
         ("lora", MethodOptions(extra={"ranq": 1}), r"Method `lora` does not take these options: .*ranq"),
         ("head", MethodOptions(ranks=(8,)), r"Method `head` adds nothing to the model"),
-        ("craft", MethodOptions(ranks=(8,)), r"ranks=\(8,\) has to be 'paper' or three whole numbers"),
+        (
+            "craft",
+            MethodOptions(ranks=(8,)),
+            r"ranks=\(8,\) does not fit method `craft`, which takes 3 .*`--ranks LAYER,OUT,IN`",
+        ),
+        ("head", MethodOptions(budget=8), r"Method `head` adds nothing to the model.*budget=8"),
         ("lorra", MethodOptions(), r"Unknown method `lorra`\. Did you mean `lora`\?"),
     ],
 )
@@ -86,7 +98,7 @@ def test_every_number_of_the_command_is_one_of_the_recipe() -> None:
 
 
 def test_unknown_method_lists_all() -> None:
-    with pytest.raises(CraftError, match="The methods are: craft, lora, head, full"):
+    with pytest.raises(CraftError, match=r"The methods are: craft, lora, pissa, .*head, full"):
         find_method("nothing")
 
 

@@ -23,7 +23,8 @@ from craft_peft.glue import models
 from craft_peft.glue.data import read_own
 from craft_peft.glue.encoding import encode
 from craft_peft.glue.heads import HEAD_STARTS, start_head
-from craft_peft.glue.methods import MethodOptions, make_peft_config
+from craft_peft.glue.method_row import MethodOptions
+from craft_peft.glue.methods import make_peft_config
 from craft_peft.glue.models import adapt, choose_precision, head_modules, load_base, resolve_model_name
 from craft_peft.glue.settings import TrainingConfig, read_data
 from craft_peft.glue.tasks import TASKS, Task

@@ -29,7 +29,7 @@ from craft_peft.glue.results import Result
 from craft_peft.glue.training import TrainingConfig, train
 
 Run = Callable[..., Result]
-ADAPTED = ("craft", "lora")
+ADAPTED = tuple(name for name, method in METHODS.items() if method.config is not None)
 
 
 @pytest.fixture(scope="module")

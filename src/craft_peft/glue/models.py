@@ -122,6 +122,22 @@ def adapt(model: PreTrainedModel, config: PeftConfig | None, trains_base: bool) 
     # PEFT knows heads by two names only; a model with more of a head (DistilBERT's `pre_classifier`) would keep its
     # new layers random and unsaved.
     config.modules_to_save = [name for name in head_modules(model) if name not in PEFT_HEADS] or None
+    return add_adapter(model, config)
+
+
+def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """PEFT's `get_peft_model`, quietly, with errors that say what does not fit.
+
+    Args:
+        model: A model with the target modules that the config names.
+        config: The adapter's config.
+
+    Returns:
+        The model with its adapter.
+
+    Raises:
+        CraftError: The config does not fit the model.
+    """
     try:
         with quiet_transformers():
             return get_peft_model(model, config)
@@ -146,9 +162,11 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 def is_head_parameter(name: str, model: nn.Module) -> bool:
     """Whether a parameter of a model to train belongs to its head, the adapter's wrapper or not."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = name.removeprefix("base_model.model.") if isinstance(model, PeftModel) else name
-    return not name.startswith(f"{inner.base_model_prefix}.")
+    if not isinstance(model, PeftModel):
+        return not name.startswith(f"{model.base_model_prefix}.")
+    # What lies beside the base model, on the tuner, is what an adapter's layers share.
+    inside = name.removeprefix("base_model.model.")
+    return inside != name and not inside.startswith(f"{model.get_base_model().base_model_prefix}.")
 
 
 def load_trained(folder: str | Path, model: str | None = None) -> TrainedModel:

@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from .data import TextData
-from .methods import METHODS, Recipe
+from .methods import METHODS
+from .recipes import Recipe
 from .results import Parameters, Result
 
 
@@ -46,6 +47,7 @@ def print_summary(
     share = 100 * parameters.trainable / parameters.total
     rows = {
         "method": METHODS[settings["method"]].summary,
+        "setting": METHODS[settings["method"]].setting.describe(settings["ranks"]),
         "adapted modules": describe_targets(model),
         "trained": f"{parameters.adapter:,} adapter + {parameters.head:,} head = {parameters.trainable:,} of "
         f"{parameters.total:,} ({share:.2f} %)",
