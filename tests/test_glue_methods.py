@@ -46,7 +46,7 @@ def test_extra_options_reach_the_config() -> None:
             r"ranks=\(8, 8\) does not fit method `lora`, which takes 1 .*`--ranks R`",
         ),
         ("lora", MethodOptions(ranks=(0,)), r"ranks=\(0,\) does not fit method `lora`"),
-        ("vblora", MethodOptions(ranks=(90,)), r"takes 2 .*`--ranks NUM_VECTORS,VECTOR_LENGTH`"),
+        ("vblora", MethodOptions(ranks=(90,)), r"takes 2 .*`--ranks VECTORS,LENGTH`"),
         ("lora", MethodOptions(extra={"ranq": 1}), r"Method `lora` does not take these options: .*ranq"),
         ("head", MethodOptions(ranks=(8,)), r"Method `head` adds nothing to the model"),
         (

@@ -194,7 +194,8 @@ class StackAdapter(nn.Module, ABC):
                 raise
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.make_ready()
+        if not any(parameter.is_meta for parameter in self.parameters()):  # those are still to be loaded
+            self.make_ready()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapters.base import still_deferred
 from ..errors import CraftError
-from .method_row import Method, MethodOptions, Ranks
+from .method_row import MethodOptions, Ranks
 from .methods import METHODS, find_method, make_peft_config
 from .models import add_adapter
 from .targets import Targets
@@ -62,6 +62,9 @@ class Choice:
         return f"{cost} of a budget of {self.budget:,} ({self.budget - self.trainable:,} left{end})."
 
 
+Offers = dict[str, Choice | CraftError]
+
+
 def choose_setting(name: str, options: MethodOptions, targets: Targets) -> Choice:
     """Finds the setting that a method has on a model: the user's, the default, or the one that a budget pays for.
 
@@ -90,8 +93,8 @@ def choose_setting(name: str, options: MethodOptions, targets: Targets) -> Choic
     """
     choice = price(name, options, targets)
     if not choice.fits:
-        others = [price(other, dataclasses.replace(options, extra={}), targets) for other in adapter_methods()]
-        fitting = ", ".join(other.method for other in others if other.fits and other.method != name)
+        others = offers(dataclasses.replace(options, extra={}), targets)
+        fitting = ", ".join(other for other, found in others.items() if isinstance(found, Choice) and found.fits)
         raise CraftError(
             f"`--budget {options.budget}` is below the smallest setting of method `{name}` on this model, "
             f"{choice.setting}, which trains {choice.trainable:,} adapter parameters. Give at least "
@@ -118,9 +121,25 @@ def price(name: str, options: MethodOptions, targets: Targets) -> Choice:
     return Choice(name, ranks, *_counts(built[chosen]), budget=options.budget, largest=step == last)
 
 
-def adapter_methods() -> dict[str, Method]:
-    """The methods that add an adapter to the model."""
-    return {name: method for name, method in METHODS.items() if method.config is not None}
+def offers(options: MethodOptions, targets: Targets) -> Offers:
+    """What every method with an adapter has for a model, in the order of the table.
+
+    Args:
+        options: A budget, or nothing for the default settings.
+        targets: The modules to adapt.
+
+    Returns:
+        By method its setting (above the budget if its smallest is), or why it cannot adapt the model.
+    """
+    found: Offers = {}
+    for name, method in METHODS.items():
+        if method.config is None:
+            continue
+        try:
+            found[name] = price(name, options, targets)
+        except CraftError as problem:
+            found[name] = problem
+    return found
 
 
 def last_within(cost: Callable[[int], int], budget: int, last: int) -> int:
@@ -165,7 +184,7 @@ def _meets(budget: int, one: tuple[int, int], other: tuple[int, int]) -> int:
     (step, low), (far, high) = one, other
     if low == high or min(low, high) == 0:
         return (step + far) // 2
-    power = math.log(high / low) / math.log(far / step)
+    power = (math.log(high) - math.log(low)) / (math.log(far) - math.log(step))
     if power > 1:
         return int(step * (budget / low) ** (1 / power))
     return step + (budget - low) * (far - step) // (high - low)

@@ -20,7 +20,7 @@ class Setting:
     """The numbers that `--ranks` sets, and how they grow when a budget chooses them.
 
     Args:
-        names: What the numbers are called: by the method's PEFT config where it has fields for them.
+        names: What the numbers are called.
         default: Their values when the user says nothing; None leaves them to the config.
         fit: Makes the default values fit a model that they may be too large for.
         along: The values at step 1, 2, ... of the search for a budget; the trained numbers grow with the step.
@@ -41,8 +41,8 @@ class Setting:
         """The values with their names, in words.
 
         Example:
-            >>> Setting(("num_vectors", "vector_length")).describe((90, 256))
-            'num_vectors 90, vector_length 256'
+            >>> Setting(("vectors", "length")).describe((90, 256))
+            'vectors 90, length 256'
         """
         if ranks is None:
             return "default"
@@ -88,7 +88,7 @@ class Method:
         config: Its PEFT config, or None when the method adds nothing to the model.
         fields: The config's fields at given ranks, with all that the method fixes.
         setting: What the ranks are.
-        formula: How many numbers are trained, for T matrices of d_out x d_in; in Python but for `^`.
+        formula: How many numbers are trained, for T matrices of d_out x d_in, n_p projections; in Python but for `^`.
         trains_base: Whether the pretrained weights are trained as well.
         scale_rate: The factor on the recipe's learning rate at other ranks than the method's default.
     """

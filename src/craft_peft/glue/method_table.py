@@ -32,11 +32,13 @@ VBLORA_RANK = UNILORA_RANK = 4
 
 def _craft_along(step: int, targets: Targets) -> Ranks:
     # Every layer direction up to the paper's 24 is kept: they cost r1^2 a stack, little beside the other two.
-    return min(PAPER_RANKS[0], targets.layers), step, step
+    return min(PAPER_RANKS[0], *(stack.shape.layers for stack in targets.stacks)), step, step
 
 
-def _craft_default(ranks: Ranks | None, targets: Targets) -> Ranks:
-    return _craft_along(min(PAPER_RANKS[1], targets.smallest_side), targets)
+def _craft_default(ranks: Ranks | None, targets: Targets) -> Ranks | None:
+    """What the paper's ranks become; None, for the config to decide by stack, where they become different ones."""
+    become = {CraftConfig().resolve_ranks(stack.name, stack.shape) for stack in targets.stacks}
+    return become.pop() if len(become) == 1 else None
 
 
 def _craft_rate(ranks: Ranks) -> float:
@@ -143,15 +145,15 @@ METHODS: dict[str, Method] = {
         # The paper's 1e-3 for the bank and 1e-2 for the logits, in one: the runner has one rate for an adapter.
         recipe=Recipe(learning_rate=3e-3),
         config=VBLoRAConfig,
-        fields=lambda number, length: {"r": VBLORA_RANK, "num_vectors": number, "vector_length": length, "topk": 2},
+        fields=lambda vectors, length: {"r": VBLORA_RANK, "num_vectors": vectors, "vector_length": length, "topk": 2},
         setting=Setting(
-            ("num_vectors", "vector_length"),
+            ("vectors", "length"),
             default=(90, 256),
             fit=lambda ranks, targets: (90, _vector_length(targets)),
             along=lambda step, targets: (step + 1, _vector_length(targets)),  # at least the two that are mixed
             last=lambda targets: MANY,
         ),
-        formula=f"num_vectors*(vector_length + {VBLORA_RANK}*T*(d_out + d_in)/vector_length)",
+        formula=f"vectors*(length + {VBLORA_RANK}*T*(d_out + d_in)/length)",
     ),
     "fourierft": Method(
         summary="FourierFT: a few coefficients of each weight's discrete Fourier transform",
@@ -181,12 +183,12 @@ METHODS: dict[str, Method] = {
         config=LoKrConfig,
         fields=lambda r, factor: {"r": r, "alpha": r, "decompose_factor": factor},
         setting=Setting(
-            ("r", "decompose_factor"),
+            ("r", "factor"),
             default=(8, LOKR_FACTOR),
             along=lambda step, targets: (step, LOKR_FACTOR),
             last=_lokr_last,
         ),
-        formula="T*(decompose_factor^2 + r*(d_out + d_in)/decompose_factor)",
+        formula="T*(factor^2 + r*(d_out + d_in)/factor)",
     ),
     "tinylora": Method(
         summary="TinyLoRA: LoRA-XS whose square matrix is a fixed random map of a short vector",
@@ -204,12 +206,12 @@ METHODS: dict[str, Method] = {
         config=UniLoraConfig,
         fields=lambda length: {"r": UNILORA_RANK, "theta_d_length": length},
         setting=Setting(
-            ("theta_d_length",),
+            ("length",),
             default=(23040,),
             fit=lambda ranks, targets: (min(23040, _unilora_entries(targets)),),
             last=_unilora_entries,
         ),
-        formula="theta_d_length",
+        formula="length",
     ),
     "head": Method(summary="the classification head alone, on the frozen model", recipe=Recipe()),
     "full": Method(summary="full fine-tuning", recipe=Recipe(learning_rate=2e-5), trains_base=True),

@@ -143,7 +143,7 @@ def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
             return get_peft_model(model, config)
     except CraftError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         targets = config.target_modules
         shown = sorted(targets) if isinstance(targets, set) else targets
         raise CraftError(
@@ -256,6 +256,8 @@ def quiet_transformers() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # PEFT sets it right itself.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
             yield
     finally:
         hf_logging.set_verbosity(verbosity)

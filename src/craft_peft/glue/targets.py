@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from ..errors import CraftError
 from ..plugin.config import StackConfig
-from ..plugin.stacks import collect_stacks
+from ..plugin.stacks import Stack, collect_stacks
 from ..plugin.tuner import find_targets, set_default_targets
 from .models import quiet_transformers, resolve_model_name
 
@@ -45,13 +45,13 @@ class Targets:
         return min(min(shape) for shape in self.shapes)
 
     @property
-    def layers(self) -> int:
-        """The number of layers of the smallest stack.
+    def stacks(self) -> list[Stack]:
+        """The modules of each projection over the layers, for methods whose layers share something.
 
         Raises:
             CraftError: Targets that cannot be stacked.
         """
-        return min(stack.shape.layers for stack in collect_stacks(self.modules))
+        return collect_stacks(self.modules)
 
     def skeleton(self) -> nn.Module:
         """A model that holds these modules alone, under their paths: adding an adapter to it costs next to nothing."""
@@ -114,8 +114,8 @@ def find_model_targets(model: nn.Module, target_modules: Sequence[str] | str | N
         >>> with torch.device("meta"):
         ...     model = BertModel(config)
         >>> targets = find_model_targets(model)
-        >>> sorted(targets.names), targets.layers, len(targets.shapes), targets.smallest_side
-        (['query', 'value'], 3, 6, 16)
+        >>> sorted(targets.names), [stack.shape.layers for stack in targets.stacks], targets.smallest_side
+        (['query', 'value'], [3, 3], 16)
     """
     names = target_modules if isinstance(target_modules, str) or target_modules is None else list(target_modules)
     # As on the command line, where every choice is a list of names.

@@ -72,6 +72,12 @@ def fit_bases(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapter_na
         adapter.set_bases(weights, [measure.directions(*pair) for pair in zip(stack.modules, weights, strict=True)])
 
 
+def wants_batches(model: nn.Module, adapter_name: str = "default") -> bool:
+    """Whether an adapter's bases are computed from batches, by `fit_bases`."""
+    layers = (layer for layer in model.modules() if isinstance(layer, StackedLinear) and adapter_name in layer.slots)
+    return any(layer.slots[adapter_name].adapter.directions_from is not None for layer in layers)
+
+
 class _Activations:
     """Weights with their input channels scaled by the root mean square of what comes in."""
 

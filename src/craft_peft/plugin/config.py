@@ -49,6 +49,13 @@ class StackConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved with the adapter, such as a new head."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained and saved too, such as those just added: their indices, or a "
+            "dict from the name of an embedding to indices."
+        },
+    )
     bias: str = field(
         default="none",
         metadata={"help": "Which biases to train: 'none', 'all', or those of the adapted modules ('<method>_only')."},
@@ -100,6 +107,10 @@ class StackConfig(PeftConfig):
             raise CraftError(f"bias={self.bias!r} is unknown. Use 'none', 'all' or {only!r}.")
         if not 0 <= self.dropout < 1:
             raise CraftError(f"dropout={self.dropout} is outside [0, 1).")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a file holds them, so that a config equals what was read back: JSON has lists, no tuples."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
 
     @property
     def together(self) -> Together:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
 from .quantization import adapter_place, read_weight, write_weight
-from .stacks import oriented
+from .stacks import oriented, weight_shape
 
 
 class StackSlot(nn.Module):
@@ -50,6 +50,8 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         quantization_backend: PEFT's access to the weight of a quantised layer.
     """
 
+    cast_input_dtype_enabled = True  # `peft.helpers.disable_input_dtype_casting` sets it; inputs are never cast here
+
     def __init__(
         self, base_layer: nn.Module, prefix: str, quantization_backend: QuantizationBackend | None = None
     ) -> None:
@@ -71,20 +73,25 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         return cast(nn.ModuleDict, getattr(self, self._slots_name))
 
     @property
+    def owned(self) -> nn.ModuleDict:
+        """The adapters whose stack this layer is the first of, by adapter name."""
+        return cast(nn.ModuleDict, getattr(self, self._owned_name))
+
+    @property
     def in_features(self) -> int:
         """As in the base layer; code that looks at a linear layer's sizes finds them."""
-        return self.get_base_layer().in_features
+        return weight_shape(self.get_base_layer())[1]
 
     @property
     def out_features(self) -> int:
         """As in the base layer."""
-        return self.get_base_layer().out_features
+        return weight_shape(self.get_base_layer())[0]
 
     def update_layer(self, adapter_name: str, slot: StackSlot, *, owner: bool) -> None:
         """Add an adapter: its place here, and, for the first layer of the stack, the adapter itself."""
         self.slots[adapter_name] = slot.train(self.training)
         if owner:
-            getattr(self, self._owned_name)[adapter_name] = slot.adapter.train(self.training)
+            self.owned[adapter_name] = slot.adapter.train(self.training)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus what every active adapter adds.
@@ -135,6 +142,10 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         """What the adapter adds to the base weight, in the base weight's layout."""
         slot = cast(StackSlot, self.slots[adapter_name])
         return oriented(self.get_base_layer(), slot.adapter.delta_weight(slot.layer))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Yes: what is added to the weight is a matrix, which `peft.convert_to_lora` approximates."""
+        return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the base weight.

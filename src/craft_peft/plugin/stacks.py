@@ -182,12 +182,16 @@ def say_once(sentence: str) -> None:
     logger.warning(sentence)
 
 
-def explain_no_match(target_modules: Collection[str] | None, model: nn.Module) -> CraftError:
-    """The error for target modules that match nothing: names what there is to match."""
+def explain_no_match(target_modules: Collection[str] | None, excluded: list[str], model: nn.Module) -> CraftError:
+    """The error for target modules that match nothing: names what was left out, and what there is to match."""
     found = _linear_names(model)
     wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or ())
     close = [match for name in wanted for match in get_close_matches(name, found, n=1)]
-    hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
+    if excluded:
+        named = ", ".join(repr(key) for key in excluded[:3]) + (", ..." if len(excluded) > 3 else "")
+        hint = f" `exclude_modules` and `modules_to_save` leave out {named}."
+    else:
+        hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
     return CraftError(
         f"`target_modules={wanted}` matches no module of {type(model).__name__}.{hint} {describe_linear_modules(model)}"
     )

@@ -10,6 +10,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -79,16 +80,20 @@ class StackTuner(BaseTuner):
                 for sentence in peft_config.explain_defaults(stack.name, stack.shape, stack.ranks):
                     say_once(sentence)
             peft_config.base_quantization = quantization_of(module for stack in stacks for module in stack.modules)
+        # What a file holds is not computed first: such an adapter is about to be loaded.
+        is_loaded = peft_config._read_from_file or self._low_cpu_mem_usage or self._saved_modules is not None
         check = BaseCheck.between(peft_config, self.model)
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
             adapter.watch_loading(partial(check.compare, stack))
-            if peft_config._read_from_file and peft_config.saves_what_it_derived:
+            if is_loaded and peft_config.saves_what_it_derived:
                 adapter.defer(stack.read_weights)
             else:
                 adapter.initialise(stack.read_weights)
             for layer, key in enumerate(stack.keys):
                 slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
+                if self._low_cpu_mem_usage and peft_config.saves_what_it_derived:
+                    slot.to("meta")
                 self._slots[key] = (slot, layer == 0)
 
     def _create_and_replace(
@@ -111,6 +116,17 @@ class StackTuner(BaseTuner):
         # PEFT's version also copies the child's weight and moves the adapter. Ours has nothing to copy, its adapters
         # are made in their place, and copying fails on heads without a weight of their own.
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT makes adapters in the dtype of the base weights and casts them to float32 here, unless told not to. Ours
+        # are made in float32, so that the decomposition loses nothing, and cast down here where that is asked for.
+        if autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            if isinstance(module, StackedLinear) and adapter_name in module.owned:
+                weight = cast(Tensor, module.get_base_layer().weight)
+                if weight.is_floating_point():
+                    module.owned[adapter_name].to(weight.dtype)
 
     def add_weighted_adapter(
         self,
@@ -207,13 +223,19 @@ def find_targets(
     """
     _maybe_include_all_linear_layers(config, model)
     targets: list[tuple[str, nn.Module]] = []
+    excluded: list[str] = []
     inside: tuple[str, ...] = ()
     for key, module in model.named_modules():
+        if saved is not None:
+            key = key.removeprefix("_orig_mod.")  # of a compiled model, as PEFT does
         if not key or key.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, key + ".")
-        if check_target_module_exists(config, key) if saved is None else key in saved:
+        found = check_target_module_exists(config, key) if saved is None else key in saved
+        if isinstance(found, _ExcludedModule):
+            excluded.append(key)
+        if found:
             if getattr(module, "merged", False):
                 raise CraftError(
                     f"The adapter(s) {module.merged_adapters} are merged into '{key}', so its weight is not the "
@@ -221,7 +243,7 @@ def find_targets(
                 )
             targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
     if not targets:
-        raise explain_no_match(config.target_modules, model)
+        raise explain_no_match(config.target_modules, excluded, model)
     return targets
 
 
