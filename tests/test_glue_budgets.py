@@ -195,7 +195,7 @@ class TestTargets:
     )
     def test_names_that_do_not_fit(self, names: tuple[str, ...], message: str) -> None:
         with pytest.raises(CraftError, match=message):
-            print(targets_of(SQUARE, *names).shapes)
+            targets_of(SQUARE, *names)
 
 
 class TestSearch:
