@@ -74,6 +74,34 @@ class TestTrain:
         assert (result["config"]["ranks"], result["config"]["budget"]) == ([6], 150)
         assert (result["config"]["adapter"]["r"], result["parameters"]["adapter"]) == (6, 144)
 
+    def test_a_rung_of_the_ladder_with_bases_from_the_data(
+        self, workshop: Path, tmp_path: Path, command: Command
+    ) -> None:
+        words = ["--data", workshop / "train.csv", "--dev-data", workshop / "dev.csv", "--output", tmp_path / "run"]
+        words += ["--ranks", "2,8,8", "--option", "tying=free", "--option", "basis=gradients"]
+        assert command("train", *words, *recipe(workshop))[0] == 0
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert result["config"]["adapter"]["tying"] == "free" and result["config"]["adapter"]["basis"] == "gradients"
+        status, out, _ = command("evaluate", tmp_path / "run")
+        assert status == 0 and f"{result['score']['last']:.4f}" in out
+
+    def test_an_option_without_a_value(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--model", "m", "--output", "o", "--option", "tying"])
+        assert "'tying' is not of the form NAME=VALUE, such as tying=free" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("tying=none", "tying='none' is unknown. Use one of shared, diagonal, free"),
+            ("tyin=free", "does not take these options"),
+        ],
+    )
+    def test_bad_options(self, workshop: Path, tmp_path: Path, command: Command, option: str, message: str) -> None:
+        words = ["train", "--data", workshop / "train.csv", "--output", tmp_path / "run", *recipe(workshop)]
+        status, _, err = command(*words, "--option", option)
+        assert status == 2 and message in err and not (tmp_path / "run").exists()
+
     def test_refuses_then_overwrites(self, workshop: Path, glue_run: Path, command: Command) -> None:
         words = ["train", "--task", "sst2", "--data", workshop / "glue", "--output", glue_run, *recipe(workshop)]
         status, out, err = command(*words)

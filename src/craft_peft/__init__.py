@@ -18,12 +18,15 @@ Example:
 """
 
 from .errors import CraftError as CraftError
+from .plugin.bases import fit_bases as fit_bases
 from .plugin.config import CraftConfig as CraftConfig
+from .plugin.lotr_config import LotrConfig as LotrConfig
 from .plugin.registration import register_methods
 from .tucker import Tucker as Tucker
 from .tucker import explained_energy as explained_energy
 from .tucker import hosvd as hosvd
 from .tucker import mode_product as mode_product
+from .tucker import project as project
 from .tucker import unfold as unfold
 
 register_methods()

@@ -151,6 +151,23 @@ def hosvd(tensor: Float[Tensor, ...], ranks: Sequence[int], method: Decompositio
     return Tucker(core.to(dtype).contiguous(), tuple(factor.to(dtype).contiguous() for factor in factors))
 
 
+def project(tensor: Float[Tensor, ...], factors: Sequence[Float[Tensor, "_ _"]]) -> Tucker:
+    """The decomposition with given factors: its core is the tensor's projection on them, the best for these factors.
+
+    Args:
+        tensor: any order, any floating type.
+        factors: one matrix ``(n_k, r_k)`` with orthonormal columns a mode.
+
+    Example:
+        >>> tensor = torch.arange(8.0).reshape(2, 2, 2)
+        >>> project(tensor, [torch.eye(2), torch.eye(2)[:, :1], torch.eye(2)]).core.tolist()
+        [[[0.0, 1.0]], [[4.0, 5.0]]]
+    """
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    core = _project(tensor.detach().double(), [factor.double() for factor in factors])
+    return Tucker(core.to(dtype).contiguous(), tuple(factor.to(dtype).contiguous() for factor in factors))
+
+
 def explained_energy(tensor: Float[Tensor, ...], tucker: Tucker, mode: int | None = None) -> Float[Tensor, ...]:
     r"""How much of the tensor a decomposition holds: :math:`1 - \|X - \hat X\|^2 / \|X\|^2`, from 0 to 1.
 

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,25 +27,54 @@ from ..errors import CraftError
 
 @dataclass(frozen=True)
 class StackShape:
-    """The sizes of a stack: `layers` matrices of ``(d_out, d_in)``.
+    """The sizes ``(d_out, d_in)`` of the matrices of a stack, in the order of the layers.
+
+    In the stacks of most methods they are all the same; `layers`, `d_out` and `d_in` then describe them.
 
     Example:
-        >>> StackShape(layers=12, d_out=768, d_in=768).matrix
-        (768, 768)
+        >>> shape = StackShape.uniform(layers=12, d_out=768, d_in=512)
+        >>> shape.layers, shape.d_out, shape.d_in, len(shape.matrices)
+        (12, 768, 512, 12)
     """
 
-    layers: int
-    d_out: int
-    d_in: int
+    matrices: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def uniform(cls, layers: int, d_out: int, d_in: int) -> StackShape:
+        """`layers` matrices of one shape."""
+        return cls(((d_out, d_in),) * layers)
+
+    @property
+    def layers(self) -> int:
+        """How many matrices."""
+        return len(self.matrices)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The shape of one layer's weight."""
-        return self.d_out, self.d_in
+        """The shape that all matrices have; methods that share factors over the layers ask for it."""
+        if len(set(self.matrices)) != 1:
+            raise CraftError(
+                f"The matrices of this stack have the shapes {sorted(set(self.matrices))}; one shape is needed."
+            )
+        return self.matrices[0]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{d_out} x {d_in}" for d_out, d_in in dict.fromkeys(self.matrices))
+        return f"{self.layers} layers of {sizes} weights"
+
+    @property
+    def d_out(self) -> int:
+        """The output size of every matrix."""
+        return self.matrix[0]
+
+    @property
+    def d_in(self) -> int:
+        """The input size of every matrix."""
+        return self.matrix[1]
 
 
 ReadWeights = Callable[[], Sequence[Tensor]]
-"""Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, when an adapter needs them."""
+"""Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, to an adapter that needs them."""
 
 
 class StackAdapter(nn.Module, ABC):
@@ -65,11 +95,11 @@ class StackAdapter(nn.Module, ABC):
         self.shape = shape
         self.scaling = scaling
         self.dropout = dropout
-        self._deferred: ReadWeights | None = None
+        self._deferred: Callable[[], None] | None = None
 
     @abstractmethod
-    def initialise(self, weights: Sequence[Tensor]) -> None:
-        """Fill every frozen tensor from the pretrained weights, one ``(d_out, d_in)`` tensor a layer."""
+    def initialise(self, read_weights: ReadWeights) -> None:
+        """Fill every frozen tensor, from the pretrained weights if the method needs them (it reads them then)."""
 
     @abstractmethod
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
@@ -87,13 +117,41 @@ class StackAdapter(nn.Module, ABC):
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that this form of it has."""
         delta = self.delta_weight(layer)
-        if self.shape.d_out <= self.shape.d_in:
-            return torch.eye(self.shape.d_out).to(delta), delta
-        return delta, torch.eye(self.shape.d_in).to(delta)
+        d_out, d_in = delta.shape
+        return (torch.eye(d_out).to(delta), delta) if d_out <= d_in else (delta, torch.eye(d_in).to(delta))
+
+    @property
+    def directions_from(self) -> str | None:
+        """What `set_bases` has to be given directions of: "activations", "gradients", or None if it takes none."""
+        return None
+
+    def set_bases(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+        """Take bases from the directions of other matrices than the pretrained weights.
+
+        Args:
+            weights: the pretrained weights, one ``(d_out, d_in)`` tensor a layer.
+            directions: matrices of the same sizes.
+
+        Raises:
+            CraftError: this adapter takes none.
+        """
+        raise CraftError(f"{type(self).__name__} takes no bases from elsewhere.")
+
+    def become_weighted_sum(self, adapters: Sequence[StackAdapter], weights: Sequence[float | int]) -> None:
+        r"""Set all tensors so that :math:`\Delta W_l = \sum_i w_i \Delta W_l^i` over adapters of the same stack.
+
+        Args:
+            adapters: of this class.
+            weights: one a adapter.
+
+        Raises:
+            CraftError: this adapter cannot hold that sum.
+        """
+        raise CraftError(f"{type(self).__name__} cannot hold a sum of adapters.")
 
     def defer(self, read_weights: ReadWeights) -> None:
-        """Call `initialise` on these weights when the frozen tensors are first used, unless they are loaded before."""
-        self._deferred = read_weights
+        """Call `initialise` with this reader when the frozen tensors are first used, unless they are loaded before."""
+        self._deferred = partial(self.initialise, read_weights)
 
     @contextmanager
     def still_deferred(self) -> Iterator[None]:
@@ -107,12 +165,20 @@ class StackAdapter(nn.Module, ABC):
     def make_ready(self) -> None:
         """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
         if self._deferred is not None:
-            read_weights, self._deferred = self._deferred, None
-            self.initialise(read_weights())
+            deferred, self._deferred = self._deferred, None
+            deferred()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.make_ready()
+        if not any(parameter.is_meta for parameter in self.parameters()):  # those are still to be loaded
+            self.make_ready()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._check_shapes(state_dict, prefix)
+        saved = [name for name, _ in self.named_buffers(recurse=False) if name not in self._non_persistent_buffers_set]
+        if all(prefix + name in state_dict for name in saved):
+            self._deferred = None  # everything frozen comes with the state: nothing is left to compute
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Refuse saved tensors of other shapes before any is loaded; torch would name each, but not the reason."""
@@ -121,13 +187,13 @@ class StackAdapter(nn.Module, ABC):
             if saved is not None and saved.shape != own.shape:
                 raise CraftError(
                     f"The saved adapter does not fit this base model: '{prefix}{name}' was saved with the shape "
-                    f"{tuple(saved.shape)} and needs {tuple(own.shape)} for {self.shape.layers} layers of "
-                    f"{self.shape.d_out} x {self.shape.d_in} weights. Load it on the base model that it was trained on."
+                    f"{tuple(saved.shape)} and needs {tuple(own.shape)} for {self.shape}. Load it on the base model "
+                    "that it was trained on."
                 )
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""
-        return f"layers={self.shape.layers}, d_out={self.shape.d_out}, d_in={self.shape.d_in}, scaling={self.scaling}"
+        return f"{self.shape}, scaling={self.scaling}"
 
 
 class FactoredStackAdapter(StackAdapter):
@@ -143,6 +209,10 @@ class FactoredStackAdapter(StackAdapter):
     out_factor: Float[Tensor, "d_out r_out"]
     in_factor: Float[Tensor, "d_in r_in"]
 
+    def factors(self) -> tuple[Float[Tensor, "d_out r_out"], Float[Tensor, "d_in r_in"]]:
+        """The matrices :math:`U` and :math:`V`."""
+        return self.out_factor, self.in_factor
+
     @abstractmethod
     def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
         """The small matrix :math:`K_l` of a layer, without the scaling."""
@@ -155,20 +225,24 @@ class FactoredStackAdapter(StackAdapter):
 
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
         """``scaling * out_factor @ middle(layer) @ in_factor.T``."""
-        return self.out_factor @ self._scaled_middle(layer) @ self.in_factor.T
+        middle = self._scaled_middle(layer)
+        out_factor, in_factor = self.factors()
+        return out_factor @ middle @ in_factor.T
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """``(out_factor @ K_l, in_factor.T)`` or ``(out_factor, K_l @ in_factor.T)``, as the smaller rank asks."""
         middle = self._scaled_middle(layer)
+        out_factor, in_factor = self.factors()
         if middle.shape[1] <= middle.shape[0]:
-            return self.out_factor @ middle, self.in_factor.T
-        return self.out_factor, middle @ self.in_factor.T
+            return out_factor @ middle, in_factor.T
+        return out_factor, middle @ in_factor.T
 
     def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """``x @ delta_weight(layer).T``, through the thin factors: ``(d_in + d_out) * r`` products a token."""
         middle = self._scaled_middle(layer)
-        hidden = F.linear(F.linear(x, self.in_factor.T.to(x.dtype)), middle.to(x.dtype))
-        return F.linear(hidden, self.out_factor.to(x.dtype))
+        out_factor, in_factor = self.factors()
+        hidden = F.linear(F.linear(x, in_factor.T.to(x.dtype)), middle.to(x.dtype))
+        return F.linear(hidden, out_factor.to(x.dtype))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 from ..glue.methods import METHODS
 from ..glue.recipes import Recipe
 from ..glue.tasks import TASKS
-from .arguments import whole_numbers, words
+from .arguments import named_value, whole_numbers, words
 
 EXAMPLE = """\
 examples:
@@ -70,6 +70,15 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="train at most N adapter parameters: chooses the ranks that come closest to it",
     )
     parser.add_argument(
+        "--option",
+        dest="method_options",
+        action="append",
+        default=[],
+        type=named_value,
+        metavar="NAME=VALUE",
+        help="a further field of the method's PEFT config, as tying=free; may be repeated",
+    )
+    parser.add_argument(
         "--target-modules",
         type=words,
         metavar="NAME[,NAME]",
@@ -102,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..glue.training import TrainingConfig, train
 
     fields = {name: value for name, value in vars(arguments).items() if name not in ("run", "interrupted")}
+    fields["method_options"] = dict(arguments.method_options)
     result = train(TrainingConfig(**fields), console=Console(file=sys.stderr))
     print_result(Console(), result)
     return 0

@@ -15,6 +15,7 @@ import datasets
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -24,11 +25,12 @@ from transformers import (
 )
 
 from ..errors import CraftError
+from ..plugin.bases import fit_bases, wants_batches
 from . import machine, results
 from .budgets import Choice, choose_setting
 from .data import TextData, hold_out
 from .encoding import check_length, encode
-from .heads import start_head
+from .heads import sample, start_head
 from .method_row import Ranks
 from .methods import METHODS, find_method, make_peft_config
 from .models import (
@@ -135,10 +137,13 @@ def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
     check_length(recipe.max_length, base, config.model)
     code = partial(encode, tokenizer=tokenizer, max_length=recipe.max_length)
     train_set, dev_sets = code(rest), {name: code(rows) for name, rows in data.dev.items()}
-    start_head(base, data.task, train_set, DataCollatorWithPadding(tokenizer), recipe.head_start, config.seed)
+    collator = DataCollatorWithPadding(tokenizer)
+    start_head(base, data.task, train_set, collator, recipe.head_start, config.seed)
     total = sum(parameter.numel() for parameter in base.parameters())
     precision = choose_precision(config.precision, getattr(base.config, "hidden_size", 0))
     model = adapt(base, peft_config, method.trains_base)
+    if wants_batches(model):
+        fit_bases(model, DataLoader(sample(train_set, config.seed), batch_size=32, collate_fn=collator))
     return _Run(
         config=config,
         choice=choice,

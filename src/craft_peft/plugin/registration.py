@@ -9,6 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from .config import CraftConfig, StackConfig
+from .lotr_config import LotrConfig
 from .tuner import StackTuner
 
 OLDEST_PEFT = Version("0.20.0")
@@ -21,7 +22,16 @@ class CraftModel(StackTuner):
     prefix = "craft_"
 
 
-METHODS: dict[str, tuple[type[StackConfig], type[StackTuner]]] = {"craft": (CraftConfig, CraftModel)}
+class LotrModel(StackTuner):
+    """The tuner of `LotrConfig`."""
+
+    prefix = "lotr_"
+
+
+METHODS: dict[str, tuple[type[StackConfig], type[StackTuner]]] = {
+    "craft": (CraftConfig, CraftModel),
+    "lotr": (LotrConfig, LotrModel),
+}
 """Every method that importing this package adds to PEFT."""
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, cast
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -23,9 +21,8 @@ from ..errors import CraftError
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
-from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match
-
-logger = logging.getLogger(__name__)
+from .quantization import adapter_place, backend_of
+from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
 
 QUERY_AND_VALUE = {
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -72,20 +69,27 @@ class StackTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: StackConfig, model: nn.Module) -> None:
         """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
-        stacks = collect_stacks(find_targets(peft_config, model, self._saved_modules))
-        adapters = [peft_config.build_adapter(stack.name, stack.shape) for stack in stacks]
+        targets = find_targets(peft_config, model, self._saved_modules)
+        stacks = collect_stacks(targets, peft_config.together, peft_config.ranks_of)
+        _check_rank_pattern(peft_config, targets)
+        adapters = [peft_config.build_adapter(stack.name, stack.shape, stack.ranks) for stack in stacks]
         if not peft_config._read_from_file:
             for stack in stacks:
-                for sentence in peft_config.explain_defaults(stack.name, stack.shape):
-                    _say_once(sentence)
+                for sentence in peft_config.explain_defaults(stack.name, stack.shape, stack.ranks):
+                    say_once(sentence)
+        # What a file holds is not computed first: such an adapter is about to be loaded. Nor is anything else, while
+        # there are no weights to compute it from.
+        is_loaded = peft_config._read_from_file or self._low_cpu_mem_usage or self._saved_modules is not None
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
-            if peft_config._read_from_file and peft_config.saves_what_it_derived:
+            if is_loaded and (peft_config.saves_what_it_derived or stack.is_empty):
                 adapter.defer(stack.read_weights)
             else:
-                adapter.initialise(stack.read_weights())
+                adapter.initialise(stack.read_weights)
             for layer, key in enumerate(stack.keys):
                 slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
+                if self._low_cpu_mem_usage and peft_config.saves_what_it_derived:
+                    slot.to("meta")
                 self._slots[key] = (slot, layer == 0)
 
     def _create_and_replace(
@@ -100,7 +104,7 @@ class StackTuner(BaseTuner):
     ) -> None:
         slot, owner = self._slots[current_key]
         if not isinstance(target, StackedLinear):
-            target = StackedLinear(target, self.prefix)
+            target = StackedLinear(target, self.prefix, backend_of(target, self.model))
             self._replace_module(parent, target_name, target, target)
         target.update_layer(adapter_name, slot, owner=owner)
 
@@ -108,6 +112,64 @@ class StackTuner(BaseTuner):
         # PEFT's version also copies the child's weight and moves the adapter. Ours has nothing to copy, its adapters
         # are made in their place, and copying fails on heads without a weight of their own.
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT makes adapters in the dtype of the base weights and casts them to float32 here, unless told not to. Ours
+        # are made in float32, so that the decomposition loses nothing, and cast down here where that is asked for.
+        if autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            if isinstance(module, StackedLinear) and adapter_name in module.owned:
+                weight = cast(Tensor, module.get_base_layer().weight)
+                if weight.is_floating_point():
+                    module.owned[adapter_name].to(weight.dtype)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float | int],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        r"""Add an adapter that is a weighted sum of others: :math:`\Delta W_l = \sum_i w_i \Delta W_l^i`, exactly.
+
+        The sum of CRAFT adapters on the same bases is one with ``tying="free"``. Heads and other saved modules are
+        not summed, as in `peft.LoraModel`.
+
+        Args:
+            adapters: names of adapters of one method on the same modules.
+            weights: one a adapter.
+            adapter_name: of the new adapter; it does not become active.
+            combination_type: only "linear".
+
+        Raises:
+            CraftError: a name that does not exist, or exists already; another number of weights; another
+                combination; adapters whose sum is no adapter of their method.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise CraftError(
+                f"There is no adapter {unknown or '(none given)'}. The model has {', '.join(self.peft_config)}."
+            )
+        if adapter_name in self.peft_config:
+            raise CraftError(f"There is an adapter '{adapter_name}' already. Give the sum another name.")
+        if len(weights) != len(adapters):
+            raise CraftError(f"{len(weights)} weights were given for {len(adapters)} adapters; one each is needed.")
+        if combination_type != "linear":
+            raise CraftError(f"combination_type={combination_type!r} is not supported. Use 'linear', which is exact.")
+        layers = [module for module in self.model.modules() if isinstance(module, StackedLinear)]
+        _check_same_stacks(layers, adapters)
+        config = cast(StackConfig, self.peft_config[adapters[0]]).weighted_sum()
+        config._read_from_file = True  # nothing to compute: all tensors are set below
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            for slots in (layer.slots for layer in layers if adapter_name in layer.slots):
+                if slots[adapter_name].layer == 0:
+                    slots[adapter_name].adapter.become_weighted_sum([slots[n].adapter for n in adapters], weights)
+        except CraftError:
+            self.delete_adapter(adapter_name)
+            raise
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -157,13 +219,19 @@ def find_targets(
     """
     _maybe_include_all_linear_layers(config, model)
     targets: list[tuple[str, nn.Module]] = []
+    excluded: list[str] = []
     inside: tuple[str, ...] = ()
     for key, module in model.named_modules():
+        if saved is not None:
+            key = key.removeprefix("_orig_mod.")  # of a compiled model, as PEFT does
         if not key or key.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, key + ".")
-        if check_target_module_exists(config, key) if saved is None else key in saved:
+        found = check_target_module_exists(config, key) if saved is None else key in saved
+        if isinstance(found, _ExcludedModule):
+            excluded.append(key)
+        if found:
             if getattr(module, "merged", False):
                 raise CraftError(
                     f"The adapter(s) {module.merged_adapters} are merged into '{key}', so its weight is not the "
@@ -171,19 +239,35 @@ def find_targets(
                 )
             targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
     if not targets:
-        raise explain_no_match(config.target_modules, model)
+        raise explain_no_match(config.target_modules, excluded, model)
     return targets
+
+
+def _check_same_stacks(layers: Collection[StackedLinear], adapter_names: Collection[str]) -> None:
+    for layer in layers:
+        slots = [layer.slots[name] for name in adapter_names if name in layer.slots]
+        kinds = {(type(slot.adapter), slot.adapter.shape, slot.layer) for slot in slots}
+        if slots and (len(slots) < len(adapter_names) or len(kinds) > 1):
+            raise CraftError(
+                f"The adapters {', '.join(adapter_names)} are not of one method on the same modules, so that they have "
+                "no sum. Keep them apart and make them active together (`base_model.set_adapter([...])`)."
+            )
+
+
+def _check_rank_pattern(config: StackConfig, targets: Collection[tuple[str, nn.Module]]) -> None:
+    used = {config.matching_pattern(key) for key, _ in targets}
+    for pattern in config.rank_pattern:
+        if pattern not in used:
+            keys = ", ".join(f"'{key}'" for key in dict.fromkeys(path_pattern(key) for key, _ in targets))
+            raise CraftError(
+                f"`rank_pattern` has ranks for '{pattern}', which matches no target module, or only such that an "
+                f"earlier pattern matches. The target modules are {keys}."
+            )
 
 
 def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None:
     """Put a new adapter where the base weights are, in at least float32; on the meta device if loading will fill it."""
-    weight = cast(Tensor, stack.modules[0].weight)
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    device, dtype = adapter_place(stack.modules[0])
     # The parameters are there already when PEFT builds the whole tuner under accelerate's `init_empty_weights`.
     empty = low_cpu_mem_usage or any(parameter.is_meta for parameter in adapter.parameters())
-    adapter.to(device="meta" if empty else weight.device, dtype=dtype)
-
-
-@cache
-def _say_once(sentence: str) -> None:
-    logger.warning(sentence)
+    adapter.to(device="meta" if empty else device, dtype=dtype)
