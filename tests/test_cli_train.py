@@ -64,6 +64,16 @@ class TestTrain:
         assert result["config"]["recipe"]["batch_size"] == 16
         assert result["parameters"]["adapter"] == 2 * (4 + 64 + 64)
 
+    def test_budget_chooses_the_ranks(self, workshop: Path, tmp_path: Path, command: Command) -> None:
+        words = ["--data", workshop / "train.csv", "--dev-data", workshop / "dev.csv", "--output", tmp_path / "run"]
+        words += ["--method", "lora-xs", "--budget", 150, "--model", workshop / "encoder", "--epochs", 1]
+        status, _, err = command("train", *words)
+        assert status == 0
+        assert "Chosen: lora-xs with r 6 trains 144 adapter parameters of a budget of 150 (6 left)." in err
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert (result["config"]["ranks"], result["config"]["budget"]) == ([6], 150)
+        assert (result["config"]["adapter"]["r"], result["parameters"]["adapter"]) == (6, 144)
+
     def test_a_rung_of_the_ladder_with_bases_from_the_data(
         self, workshop: Path, tmp_path: Path, command: Command
     ) -> None:
@@ -91,16 +101,6 @@ class TestTrain:
         words = ["train", "--data", workshop / "train.csv", "--output", tmp_path / "run", *recipe(workshop)]
         status, _, err = command(*words, "--option", option)
         assert status == 2 and message in err and not (tmp_path / "run").exists()
-
-    def test_budget_chooses_the_ranks(self, workshop: Path, tmp_path: Path, command: Command) -> None:
-        words = ["--data", workshop / "train.csv", "--dev-data", workshop / "dev.csv", "--output", tmp_path / "run"]
-        words += ["--method", "lora-xs", "--budget", 150, "--model", workshop / "encoder", "--epochs", 1]
-        status, _, err = command("train", *words)
-        assert status == 0
-        assert "Chosen: lora-xs with r 6 trains 144 adapter parameters of a budget of 150 (6 left)." in err
-        result = json.loads((tmp_path / "run" / "result.json").read_text())
-        assert (result["config"]["ranks"], result["config"]["budget"]) == ([6], 150)
-        assert (result["config"]["adapter"]["r"], result["parameters"]["adapter"]) == (6, 144)
 
     def test_refuses_then_overwrites(self, workshop: Path, glue_run: Path, command: Command) -> None:
         words = ["train", "--task", "sst2", "--data", workshop / "glue", "--output", glue_run, *recipe(workshop)]

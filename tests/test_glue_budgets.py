@@ -159,6 +159,15 @@ class TestCounts:
         part = price("craft", MethodOptions(ranks=(3, 4, 4), extra={"trained_modes": (1,)}), targets).trainable
         assert (whole, part) == (2 * (9 + 16 + 16), 2 * 16)
 
+    def test_what_is_left_out_of_the_file_is_not_stored(self) -> None:
+        options = MethodOptions(ranks=(3, 4, 4), extra={"save_factors": False})
+        choice = price("craft", options, targets_of(SQUARE))
+        whole = price("craft", MethodOptions(ranks=(3, 4, 4)), targets_of(SQUARE))
+        factors = 2 * (3 * 4 * 4 + 3 * 3 + 2 * 32 * 4)
+        indices = 6  # the number of each adapted layer in its stack
+        assert choice.trainable == whole.trainable == 2 * (9 + 16 + 16)
+        assert whole.stored - choice.stored == factors + indices
+
     def test_need_no_weights(self, tmp_path: Path) -> None:
         SQUARE.save_pretrained(tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
