@@ -64,6 +64,16 @@ class TestTrain:
         assert result["config"]["recipe"]["batch_size"] == 16
         assert result["parameters"]["adapter"] == 2 * (4 + 64 + 64)
 
+    def test_budget_chooses_the_ranks(self, workshop: Path, tmp_path: Path, command: Command) -> None:
+        words = ["--data", workshop / "train.csv", "--dev-data", workshop / "dev.csv", "--output", tmp_path / "run"]
+        words += ["--method", "lora-xs", "--budget", 150, "--model", workshop / "encoder", "--epochs", 1]
+        status, _, err = command("train", *words)
+        assert status == 0
+        assert "Chosen: lora-xs with r 6 trains 144 adapter parameters of a budget of 150 (6 left)." in err
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert (result["config"]["ranks"], result["config"]["budget"]) == ([6], 150)
+        assert (result["config"]["adapter"]["r"], result["parameters"]["adapter"]) == (6, 144)
+
     def test_a_rung_of_the_ladder_with_bases_from_the_data(
         self, workshop: Path, tmp_path: Path, command: Command
     ) -> None:
@@ -129,6 +139,13 @@ class TestTrain:
             (["--data", "train.csv", "--ranks", "3,8,8"], "`ranks[0]=3` keeps more layer directions"),
             (["--data", "train.csv", "--ranks", "2,17,8"], "`ranks[1]=17` keeps more output directions"),
             (["--data", "train.csv", "--method", "head", "--ranks", "8"], "Method `head` adds nothing to the model"),
+            (["--data", "train.csv", "--ranks", "2,8,8", "--budget", "90"], "Both `--ranks 2,8,8` and `--budget 90`"),
+            (
+                ["--data", "train.csv", "--budget", "11"],
+                "which trains 12 adapter parameters. Give at least `--budget 12`",
+            ),
+            (["--data", "train.csv", "--budget", "0"], "`--budget 0` is no number of parameters"),
+            (["--data", "train.csv", "--method", "head", "--budget", "9"], "Method `head` adds nothing to the model"),
             (["--data", "train.csv", "--target-modules", "nothing"], "nothing"),
             (["--data", "train.csv", "--target-modules", "LayerNorm"], "LayerNorm"),
             (["--data", "train.csv", "--model", "./absent"], "There is no model folder `./absent`"),

@@ -70,7 +70,7 @@ def ranks_at(method: str, step: int, targets: Targets) -> Ranks:
 
 
 class TestPublishedCounts:
-    # Counts from the papers and official codes of the methods, and the formulas in them, by hand. The rows of LoTR and
+    # Counts from the papers and official codes of the methods, and the formulas in them, by hand. More of LoTR and
     # SuperLoRA stand with those methods.
     @pytest.mark.parametrize(
         ("method", "ranks", "config", "names", "count"),
@@ -90,6 +90,8 @@ class TestPublishedCounts:
             ),
             ("lora-xs", (41,), ROBERTA_BASE, (), 40_344),
             ("dora", (8,), ROBERTA_BASE, (), 313_344),
+            ("lotr", (8,), ROBERTA_BASE, (), 13_824),
+            ("lotr", (32,), ROBERTA_LARGE, (), 114_688),
         ],
     )
     def test_adapters(
@@ -136,7 +138,7 @@ class TestCounts:
         ((d_out, d_in),) = set(targets.shapes)
         for step in {1, min(4, last_of(method, targets)), min(9, last_of(method, targets))}:
             ranks = ranks_at(method, step, targets)
-            sizes = {"T": len(targets.modules), "n_p": len(names), "d_out": d_out, "d_in": d_in}
+            sizes = {"T": len(targets.modules), "n_p": len(names), "G": 1, "d_out": d_out, "d_in": d_in}
             numbers = dict(zip(METHODS[method].setting.names, ranks, strict=True))
             count = evaluate(METHODS[method].formula, {**sizes, **numbers})
             assert price(method, MethodOptions(ranks=ranks), targets).trainable == count
@@ -156,6 +158,15 @@ class TestCounts:
         whole = price("craft", MethodOptions(ranks=(3, 4, 4)), targets).trainable
         part = price("craft", MethodOptions(ranks=(3, 4, 4), extra={"trained_modes": (1,)}), targets).trainable
         assert (whole, part) == (2 * (9 + 16 + 16), 2 * 16)
+
+    def test_what_is_left_out_of_the_file_is_not_stored(self) -> None:
+        options = MethodOptions(ranks=(3, 4, 4), extra={"save_factors": False})
+        choice = price("craft", options, targets_of(SQUARE))
+        whole = price("craft", MethodOptions(ranks=(3, 4, 4)), targets_of(SQUARE))
+        factors = 2 * (3 * 4 * 4 + 3 * 3 + 2 * 32 * 4)
+        indices = 6  # the number of each adapted layer in its stack
+        assert choice.trainable == whole.trainable == 2 * (9 + 16 + 16)
+        assert whole.stored - choice.stored == factors + indices
 
     def test_need_no_weights(self, tmp_path: Path) -> None:
         SQUARE.save_pretrained(tmp_path)
@@ -195,7 +206,7 @@ class TestTargets:
     )
     def test_names_that_do_not_fit(self, names: tuple[str, ...], message: str) -> None:
         with pytest.raises(CraftError, match=message):
-            print(targets_of(SQUARE, *names).shapes)
+            targets_of(SQUARE, *names)
 
 
 class TestSearch:

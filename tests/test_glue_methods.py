@@ -110,6 +110,7 @@ def test_unknown_method_lists_all() -> None:
         ("craft", (6, 50, 25), 2e-3),
         ("craft", (24, 100, 200), 5e-4),
         ("lora", (64,), 4e-4),
+        ("lora-xs", (64,), 1e-3),
     ],
 )
 def test_crafts_rate_falls_with_the_rank(method: str, ranks: tuple[int, ...] | None, rate: float) -> None:

@@ -71,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     wish = "default settings" if arguments.budget is None else f"at most {arguments.budget:,} trained numbers"
     console.print(params_table(f"{arguments.model}: {wish}", found))
     console.print(
-        f"T = {len(targets.modules)} matrices of d_out x d_in: {describe(targets)}; n_p: projections.", soft_wrap=True
+        f"T = {len(targets.modules)} matrices of d_out x d_in: {describe(targets)}; n_p: projections; G: groups of one "
+        "shape.",
+        soft_wrap=True,
     )
     if any(isinstance(choice, Choice) and not choice.fits for choice in found.values()):
         console.print("(over): the smallest setting of a method that has none within the budget.", soft_wrap=True)

@@ -88,7 +88,8 @@ class Method:
         config: Its PEFT config, or None when the method adds nothing to the model.
         fields: The config's fields at given ranks, with all that the method fixes.
         setting: What the ranks are.
-        formula: How many numbers are trained, for T matrices of d_out x d_in, n_p projections; in Python but for `^`.
+        formula: How many numbers are trained, for T matrices of d_out x d_in of n_p projections, in G groups of one
+            shape; in Python but for `^`.
         trains_base: Whether the pretrained weights are trained as well.
         scale_rate: The factor on the recipe's learning rate at other ranks than the method's default.
     """

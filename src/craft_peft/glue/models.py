@@ -162,11 +162,9 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 def is_head_parameter(name: str, model: nn.Module) -> bool:
     """Whether a parameter of a model to train belongs to its head, the adapter's wrapper or not."""
-    if not isinstance(model, PeftModel):
-        return not name.startswith(f"{model.base_model_prefix}.")
-    # What lies beside the base model, on the tuner, is what an adapter's layers share.
-    inside = name.removeprefix("base_model.model.")
-    return inside != name and not inside.startswith(f"{model.get_base_model().base_model_prefix}.")
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = name.removeprefix("base_model.model.") if isinstance(model, PeftModel) else name
+    return not name.startswith(f"{inner.base_model_prefix}.")
 
 
 def load_trained(folder: str | Path, model: str | None = None) -> TrainedModel:

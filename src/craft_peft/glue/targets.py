@@ -24,20 +24,13 @@ class Targets:
 
     Args:
         names: What `target_modules` became: names, or a regular expression.
-        modules: Path and module of each, in the model's order; on the meta device, without numbers.
+        modules: Path and module of each, in the model's order; their numbers are never read.
+        shapes: The sizes ``(d_out, d_in)`` of each weight.
     """
 
     names: set[str] | str
     modules: tuple[tuple[str, nn.Module], ...]
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The sizes ``(d_out, d_in)`` of each weight.
-
-        Raises:
-            CraftError: A target that is not linear.
-        """
-        return [collect_stacks([target])[0].shape.matrix for target in self.modules]
+    shapes: tuple[tuple[int, int], ...]
 
     @property
     def smallest_side(self) -> int:
@@ -63,7 +56,7 @@ class Targets:
                 if not hasattr(parent, part):
                     parent.add_module(part, nn.Module())
                 parent = getattr(parent, part)
-            parent.add_module(name, copy.deepcopy(module))
+            parent.add_module(name, copy.deepcopy(module).to("meta"))
         return root
 
 
@@ -106,7 +99,7 @@ def find_model_targets(model: nn.Module, target_modules: Sequence[str] | str | N
         The modules.
 
     Raises:
-        CraftError: Nothing matches, or a model type without defaults.
+        CraftError: Nothing matches, a target that is not linear, or a model type without defaults.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -122,8 +115,7 @@ def find_model_targets(model: nn.Module, target_modules: Sequence[str] | str | N
     names = names[0] if names == ["all-linear"] else names
     config = StackConfig(task_type=TaskType.SEQ_CLS, target_modules=names)
     set_default_targets(config, model)
-    modules = find_targets(config, model)
+    modules = tuple(find_targets(config, model))
     assert config.target_modules is not None
-    return Targets(
-        config.target_modules if isinstance(config.target_modules, str) else set(config.target_modules), tuple(modules)
-    )
+    found = config.target_modules if isinstance(config.target_modules, str) else set(config.target_modules)
+    return Targets(found, modules, tuple(collect_stacks([target])[0].shape.matrix for target in modules))

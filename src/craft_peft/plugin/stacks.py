@@ -53,6 +53,11 @@ class Stack:
         """The sizes of the weights as ``(out, in)``."""
         return StackShape(tuple(weight_shape(module) for module in self.modules))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether a weight is on the meta device, where it has a shape and no numbers."""
+        return any(adapter_place(module)[0].type == "meta" for module in self.modules)
+
     def read_weights(self) -> list[Tensor]:
         """The pretrained weights as ``(out, in)``, a tensor a layer: views of plain weights, copies of quantised ones.
 

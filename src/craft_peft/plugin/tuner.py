@@ -80,13 +80,14 @@ class StackTuner(BaseTuner):
                 for sentence in peft_config.explain_defaults(stack.name, stack.shape, stack.ranks):
                     say_once(sentence)
             peft_config.base_quantization = quantization_of(module for stack in stacks for module in stack.modules)
-        # What a file holds is not computed first: such an adapter is about to be loaded.
+        # What a file holds is not computed first: such an adapter is about to be loaded. Nor is anything else, while
+        # there are no weights to compute it from.
         is_loaded = peft_config._read_from_file or self._low_cpu_mem_usage or self._saved_modules is not None
         check = BaseCheck.between(peft_config, self.model)
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
             adapter.watch_loading(partial(check.compare, stack))
-            if is_loaded and peft_config.saves_what_it_derived:
+            if is_loaded and (peft_config.saves_what_it_derived or stack.is_empty):
                 adapter.defer(stack.read_weights)
             else:
                 adapter.initialise(stack.read_weights)
