@@ -10,6 +10,7 @@ from peft.utils import PeftType, register_peft_method
 
 from .config import CraftConfig, StackConfig
 from .lotr_config import LotrConfig
+from .superlora_config import SuperLoraConfig
 from .tuner import StackTuner
 
 OLDEST_PEFT = Version("0.20.0")
@@ -28,9 +29,16 @@ class LotrModel(StackTuner):
     prefix = "lotr_"
 
 
+class SuperLoraModel(StackTuner):
+    """The tuner of `SuperLoraConfig`."""
+
+    prefix = "superlora_"
+
+
 METHODS: dict[str, tuple[type[StackConfig], type[StackTuner]]] = {
     "craft": (CraftConfig, CraftModel),
     "lotr": (LotrConfig, LotrModel),
+    "superlora": (SuperLoraConfig, SuperLoraModel),
 }
 """Every method that importing this package adds to PEFT."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
+from ..sharing import share_work_in, shared_work, stop_sharing_work_in
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
@@ -61,6 +62,8 @@ class StackTuner(BaseTuner):
         self._slots: dict[str, tuple[StackSlot, bool]] = {}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._slots = {}
+        # On the model, not on this tuner: it may be used without one (`inject_adapter_in_model`, `add_adapter`).
+        share_work_in(model)
 
     def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
         set_default_targets(peft_config, self.model)
@@ -106,6 +109,22 @@ class StackTuner(BaseTuner):
         # PEFT's version also copies the child's weight and moves the adapter. Ours has nothing to copy, its adapters
         # are made in their place, and copying fails on heads without a weight of their own.
         setattr(parent, child_name, new_module)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with shared_work():
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_sharing_work_in(model)
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
