@@ -52,9 +52,20 @@ def register_methods() -> None:
     if Version(version("peft")) < OLDEST_PEFT:
         raise ImportError(f"craft_peft needs peft>={OLDEST_PEFT}, found {version('peft')}: pip install -U peft")
     for name, (config_cls, tuner_cls) in METHODS.items():
-        peft_type = _peft_type(name.upper())
-        if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
+        register_method(name, config_cls, tuner_cls)
+
+
+def register_method(name: str, config_cls: type[StackConfig], tuner_cls: type[StackTuner]) -> None:
+    """Make PEFT know a method: one of ours, or one that is defined elsewhere on the same base.
+
+    Args:
+        name: in lower case; PEFT and saved adapters know it as the upper-case name.
+        config_cls: its config, which sets ``self.peft_type = PeftType[name.upper()]``.
+        tuner_cls: its tuner, a subclass that sets ``prefix = name + "_"``.
+    """
+    peft_type = _peft_type(name.upper())
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
 
 
 def _peft_type(name: str) -> PeftType:
