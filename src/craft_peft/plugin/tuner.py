@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import StackAdapter, still_deferred
 from ..errors import CraftError
+from ..sharing import share_work_in, shared_work, stop_sharing_work_in
 from .base_check import BaseCheck
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
@@ -64,6 +65,8 @@ class StackTuner(BaseTuner):
         self._slots: dict[str, tuple[StackSlot, bool]] = {}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._slots = {}
+        # On the model, not on this tuner: it may be used without one (`inject_adapter_in_model`, `add_adapter`).
+        share_work_in(model)
 
     def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
         set_default_targets(peft_config, self.model)
@@ -175,6 +178,22 @@ class StackTuner(BaseTuner):
         except CraftError:
             self.delete_adapter(adapter_name)
             raise
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with shared_work():
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_sharing_work_in(model)
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
