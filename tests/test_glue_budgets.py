@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from craft_peft import CraftError
+from craft_peft.folding import fold_sizes
 from craft_peft.glue import budgets
 from craft_peft.glue.budgets import Choice, choose_setting, last_within, offers, price
 from craft_peft.glue.method_row import MethodOptions, Ranks
@@ -90,6 +91,8 @@ class TestPublishedCounts:
             ),
             ("lora-xs", (41,), ROBERTA_BASE, (), 40_344),
             ("dora", (8,), ROBERTA_BASE, (), 313_344),
+            ("superlora", (27,), ROBERTA_BASE, (), 39_339),
+            ("superlora", (24,), ROBERTA_LARGE, (), 41_472),
             ("lotr", (8,), ROBERTA_BASE, (), 13_824),
             ("lotr", (32,), ROBERTA_LARGE, (), 114_688),
         ],
@@ -139,6 +142,8 @@ class TestCounts:
         for step in {1, min(4, last_of(method, targets)), min(9, last_of(method, targets))}:
             ranks = ranks_at(method, step, targets)
             sizes = {"T": len(targets.modules), "n_p": len(names), "G": 1, "d_out": d_out, "d_in": d_in}
+            folded = fold_sizes(sum(a * b for a, b in targets.shapes), 3)
+            sizes |= {f"d_{mode}": size for mode, size in enumerate(folded, start=1)}
             numbers = dict(zip(METHODS[method].setting.names, ranks, strict=True))
             count = evaluate(METHODS[method].formula, {**sizes, **numbers})
             assert price(method, MethodOptions(ranks=ranks), targets).trainable == count
