@@ -109,7 +109,7 @@ def test_law(law):
 
 def test_with_a_core_a_matrix_it_is_lotr():
     """FacT's middle matrices are LoTR's cores, restricted to r combinations."""
-    fact = FACT.adapter(StackShape.uniform(4, 7, 5), init_weights=False)
+    fact = FACT.adapter(StackShape.uniform(4, 7, 5), init_weights=False, alpha=1.0)
     lotr = LotrConfig(r=3, alpha=3.0).build_adapter("query", StackShape.uniform(4, 7, 5)).double()
     lotr.out_factor.data, lotr.in_factor.data = fact.out_factor.data, fact.in_factor.data
     lotr.core.data = torch.stack([fact.middle(layer).detach() for layer in range(4)])

@@ -325,6 +325,30 @@ def test_checkpointing_prepares_once_more(method, reentrant, expected, times):
         assert_close(gradients[1][name], gradient, products=100)
 
 
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every_sharing_method
+@pytest.mark.parametrize(("checkpointing", "expected"), [(False, 1), (True, 2)])
+def test_distributed_data_parallel_prepares_as_often(method, checkpointing, expected, times, process_group):
+    gradients = []
+    for wrap in (lambda model: model, nn.parallel.DistributedDataParallel):
+        model, _ = moved(method)
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        times.clear()
+        torch.manual_seed(0)
+        wrap(model.train())(tokens(), labels=torch.tensor([0, 1])).loss.backward()
+        assert list(times.values()) == [expected]
+        gradients.append({n: p.grad for n, p in model.named_parameters() if f".{method.name}_" in n})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, products=1)
+
+
 @every_sharing_method
 def test_a_mixed_batch_prepares_each_adapter_once(method, times):
     model, _ = moved(method)

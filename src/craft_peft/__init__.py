@@ -1,8 +1,8 @@
 """CRAFT: fine-tune a pretrained transformer by training a few tens of thousands of numbers shared by all its layers.
 
 A plug-in for Hugging Face PEFT. Importing this package registers its methods, so that `peft.get_peft_model`,
-`peft.PeftModel.from_pretrained` and everything around them take a `CraftConfig`. In a process that loads a saved
-adapter, import this package first.
+`peft.PeftModel.from_pretrained` and everything around them take a `CraftConfig`, or that of a sibling, `LotrConfig` or
+`SuperLoraConfig`. In a process that loads a saved adapter, import this package first.
 
 Example:
     >>> from peft import get_peft_model

@@ -1,11 +1,13 @@
 r"""One interface for all tensor methods: what is added to the weight of layer l of a stack?
 
-A *stack* is the set of weights of one projection over the layers, all of one shape ``(out, in)``. An adapter belongs
-to one whole stack: what its layers share, it holds once.
+A *stack* is a set of weights: those of one projection over the layers, all of one shape ``(out, in)``, or, for methods
+that share more, all target matrices of one shape, or simply all. An adapter belongs to one whole stack: what its layers
+share, it holds once.
 
 .. math:: W'_l = W_l + \Delta W_l, \qquad l = 0, \dots, L - 1
 
-A new method is one subclass here: it says how it starts (`initialise`) and what :math:`\Delta W_l` is.
+A new method is one subclass here: it says how it starts (`initialise`) and what :math:`\Delta W_l` is; and, if its
+layers need parts of one computation, what that is (`prepare`).
 """
 
 from __future__ import annotations
