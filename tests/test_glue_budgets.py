@@ -70,7 +70,7 @@ def ranks_at(method: str, step: int, targets: Targets) -> Ranks:
 
 
 class TestPublishedCounts:
-    # Counts from the papers and official codes of the methods, and the formulas in them, by hand. The rows of LoTR and
+    # Counts from the papers and official codes of the methods, and the formulas in them, by hand. More of LoTR and
     # SuperLoRA stand with those methods.
     @pytest.mark.parametrize(
         ("method", "ranks", "config", "names", "count"),
@@ -90,6 +90,8 @@ class TestPublishedCounts:
             ),
             ("lora-xs", (41,), ROBERTA_BASE, (), 40_344),
             ("dora", (8,), ROBERTA_BASE, (), 313_344),
+            ("lotr", (8,), ROBERTA_BASE, (), 13_824),
+            ("lotr", (32,), ROBERTA_LARGE, (), 114_688),
         ],
     )
     def test_adapters(

@@ -101,6 +101,8 @@ def test_loading_a_start_from_the_weights_decomposes_nothing(tmp_path, monkeypat
 
 def test_init_std_is_the_spread_of_the_factors():
     torch.manual_seed(0)
+    narrow = LotrConfig(r=8, init_std=None).build_adapter("query", StackShape.uniform(2, 400, 900))
+    assert [f"{factor.std():.3f}" for factor in (narrow.out_factor, narrow.in_factor)] == ["0.050", "0.033"]
     adapter = LotrConfig(r=8, init_std=0.25).build_adapter("query", StackShape.uniform(2, 500, 500))
     for factor in (adapter.out_factor, adapter.in_factor):
         assert factor.std().item() == pytest.approx(0.25, rel=0.05)

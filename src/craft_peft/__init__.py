@@ -22,6 +22,7 @@ from .plugin.bases import fit_bases as fit_bases
 from .plugin.config import CraftConfig as CraftConfig
 from .plugin.lotr_config import LotrConfig as LotrConfig
 from .plugin.registration import register_methods
+from .plugin.superlora_config import SuperLoraConfig as SuperLoraConfig
 from .tucker import Tucker as Tucker
 from .tucker import explained_energy as explained_energy
 from .tucker import hosvd as hosvd

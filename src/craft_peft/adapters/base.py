@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CraftError
+from ..sharing import compute_once
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class StackShape:
 
     In the stacks of most methods they are all the same; `layers`, `d_out` and `d_in` then describe them.
 
+    Args:
+        matrices: the sizes.
+        blocks: how many of them, in their order, lie in each layer of the model; by default one in each.
+
     Example:
         >>> shape = StackShape.uniform(layers=12, d_out=768, d_in=512)
         >>> shape.layers, shape.d_out, shape.d_in, len(shape.matrices)
@@ -38,6 +43,7 @@ class StackShape:
     """
 
     matrices: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...] = ()
 
     @classmethod
     def uniform(cls, layers: int, d_out: int, d_in: int) -> StackShape:
@@ -76,6 +82,9 @@ class StackShape:
 ReadWeights = Callable[[], Sequence[Tensor]]
 """Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, to an adapter that needs them."""
 
+FINGERPRINT_NUMBERS = 4
+"""How many numbers of each layer's weight `weights_fingerprint` holds."""
+
 
 class StackAdapter(nn.Module, ABC):
     """What is added to the weights of one stack, held once for all its layers.
@@ -83,6 +92,9 @@ class StackAdapter(nn.Module, ABC):
     Trained tensors are parameters; what is frozen (bases taken from the pretrained weights) are buffers. The frozen
     part is either computed from the weights (`initialise`) or loaded with a state dict. To save a decomposition that
     loading would overwrite, `defer` postpones it until the tensors are first needed.
+
+    A method whose frozen tensors mean something beside the weights they were computed from alone has a buffer
+    ``fingerprint`` that begins with their `weights_fingerprint`; `watch_loading` then tells when another is loaded.
 
     Args:
         shape: the sizes of the stack.
@@ -96,6 +108,7 @@ class StackAdapter(nn.Module, ABC):
         self.scaling = scaling
         self.dropout = dropout
         self._deferred: Callable[[], None] | None = None
+        self._watcher: Callable[[Tensor], None] | None = None
 
     @abstractmethod
     def initialise(self, read_weights: ReadWeights) -> None:
@@ -112,13 +125,32 @@ class StackAdapter(nn.Module, ABC):
             layer: the index in the stack, from 0.
             x: the input of the layer.
         """
-        return F.linear(x, self.delta_weight(layer).to(x.dtype))
+        return F.linear(x, self.delta_weight(layer).to(x))
+
+    def prepare(self) -> tuple[Tensor, ...]:
+        """One tensor a layer, in one computation for all of them: for methods that make their deltas together.
+
+        What a method returns here its `delta_weight` and `delta_output` get with `prepared`, computed once a forward
+        pass, in the dtype of the trained tensors whatever autocast does to the rest.
+        """
+        raise NotImplementedError(f"{type(self).__name__} computes nothing for all its layers together")
+
+    def prepared(self, layer: int) -> Tensor:
+        """The tensor of a layer from `prepare`, see `craft_peft.sharing`."""
+        return compute_once(self, self._prepare)[layer]
+
+    def _prepare(self) -> tuple[Tensor, ...]:
+        self.make_ready()
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self.prepare()
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
-        """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that this form of it has."""
+        """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that it has (up to rounding)."""
         delta = self.delta_weight(layer)
-        d_out, d_in = delta.shape
-        return (torch.eye(d_out).to(delta), delta) if d_out <= d_in else (delta, torch.eye(d_in).to(delta))
+        left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+        noise = values[0] * max(delta.shape) * torch.finfo(delta.dtype).eps
+        rank = max(1, int((values > noise).sum()))
+        return (left[:, :rank] * values[:rank]).to(delta.dtype), right[:rank].to(delta.dtype)
 
     @property
     def directions_from(self) -> str | None:
@@ -153,6 +185,20 @@ class StackAdapter(nn.Module, ABC):
         """Call `initialise` with this reader when the frozen tensors are first used, unless they are loaded before."""
         self._deferred = partial(self.initialise, read_weights)
 
+    def watch_loading(self, watcher: Callable[[Tensor], None]) -> None:
+        """Call this with the saved fingerprint whenever frozen tensors are loaded together with one."""
+        self._watcher = watcher
+
+    def _meet_fingerprint(self, saved: Tensor) -> None:
+        if self._watcher is not None:
+            self._watcher(saved)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' own loading sets tensors one by one, with this mark, and calls no `load_state_dict`.
+        if name == "fingerprint" and getattr(value, "_is_hf_initialized", False):
+            self._meet_fingerprint(value)
+        super().__setattr__(name, value)
+
     @contextmanager
     def still_deferred(self) -> Iterator[None]:
         """Within it a deferred `initialise` stays deferred: for reading names and shapes, not values."""
@@ -166,7 +212,11 @@ class StackAdapter(nn.Module, ABC):
         """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
         if self._deferred is not None:
             deferred, self._deferred = self._deferred, None
-            deferred()
+            try:
+                deferred()
+            except CraftError:
+                self._deferred = deferred  # the next use is an error again, not a use of tensors that hold nothing
+                raise
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not any(parameter.is_meta for parameter in self.parameters()):  # those are still to be loaded
@@ -178,6 +228,8 @@ class StackAdapter(nn.Module, ABC):
         saved = [name for name, _ in self.named_buffers(recurse=False) if name not in self._non_persistent_buffers_set]
         if all(prefix + name in state_dict for name in saved):
             self._deferred = None  # everything frozen comes with the state: nothing is left to compute
+            if "fingerprint" in saved:
+                self._meet_fingerprint(state_dict[f"{prefix}fingerprint"])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -263,3 +315,29 @@ def stack_weights(weights: Sequence[Tensor]) -> Float[Tensor, "layers d_out d_in
         torch.Size([2, 3, 4])
     """
     return torch.stack([weight.detach().to(weights[0].device) for weight in weights])
+
+
+def weights_fingerprint(weights: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
+    """Norm and three fixed entries of each layer's weight: tells base models apart in one pass over the weights.
+
+    Example:
+        >>> weights_fingerprint([torch.eye(2)])
+        tensor([1.4142, 1.0000, 0.0000, 1.0000])
+    """
+    rows = []
+    for weight in weights:
+        norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
+        rows.append(torch.cat([norm.reshape(1), fixed_entries(weight).double()]))
+    return torch.cat([row.to(rows[0].device) for row in rows]).float()
+
+
+def fixed_entries(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " numbers"]:
+    """The first, the middle and the last entry of a weight: reading them costs nothing.
+
+    Example:
+        >>> fixed_entries(torch.arange(6.0).reshape(2, 3))
+        tensor([0., 2., 5.])
+    """
+    places = torch.linspace(0, weight.numel() - 1, FINGERPRINT_NUMBERS - 1, dtype=torch.float64).long()
+    places = places.to(weight.device)
+    return weight.detach()[places // weight.shape[1], places % weight.shape[1]]

@@ -32,7 +32,15 @@ from torch import Tensor, nn
 
 from ..errors import CraftError
 from ..tucker import Decomposition, Tucker, hosvd, project
-from .base import FactoredStackAdapter, ReadWeights, StackAdapter, StackShape, stack_weights
+from .base import (
+    FINGERPRINT_NUMBERS,
+    FactoredStackAdapter,
+    ReadWeights,
+    StackAdapter,
+    StackShape,
+    stack_weights,
+    weights_fingerprint,
+)
 
 TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
 """The trained matrices, in the order of the modes (0: layers, 1: out, 2: in)."""
@@ -46,8 +54,6 @@ Tying = Literal["shared", "diagonal", "free"]
 Basis = Literal["weights", "random", "activations", "gradients"]
 """What the bases are taken from: the pretrained weights (the paper), nothing, weights times the size of each input
 channel, or gradients. The core always is the weights' projection on them."""
-
-_SAMPLES = 3  # entries of each layer's weight that go into the fingerprint
 
 
 class CraftAdapter(FactoredStackAdapter):
@@ -124,7 +130,7 @@ class CraftAdapter(FactoredStackAdapter):
         self.register_buffer("core", torch.zeros(ranks), persistent=save_factors)
         for name, size, rank in zip(FACTORS, (shape.layers, *shape.matrix), ranks, strict=True):
             self.register_buffer(name, torch.zeros(size, rank), persistent=save_factors)
-        self.register_buffer("fingerprint", torch.zeros(shape.layers * (_SAMPLES + 1) + sum(ranks)))
+        self.register_buffer("fingerprint", torch.zeros(shape.layers * FINGERPRINT_NUMBERS + sum(ranks)))
         for name, sizes in _trained_sizes(shape, ranks, trained_modes, tying).items():
             if sizes is None:
                 self.register_parameter(name, None)
@@ -166,7 +172,6 @@ class CraftAdapter(FactoredStackAdapter):
             setattr(self, name, tensor.to(getattr(self, name).dtype))
 
     def _miss_bases(self) -> None:
-        self._deferred = self._miss_bases  # the next use is an error again
         raise CraftError(
             f"The adapter has basis='{self.basis}', and its bases were not computed yet. Call "
             "`craft_peft.fit_bases(model, batches)` with a few batches before you use or train it."
@@ -238,10 +243,17 @@ class CraftAdapter(FactoredStackAdapter):
             self._check_same_bases(fingerprint)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _meet_fingerprint(self, saved: Tensor) -> None:
+        if self.save_factors:
+            super()._meet_fingerprint(saved)
+        else:
+            self.make_ready()
+            self._check_same_bases(saved)
+
     def _check_same_bases(self, saved: Tensor) -> None:
         """Refuse a state whose transforms were trained in other bases than those computed from the present weights."""
         own = self.fingerprint
-        weights, basis = self.shape.layers * (_SAMPLES + 1), sum(self.ranks)
+        weights, basis = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks)
         saved = saved.to(own)
         same_weights = torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0)
         if not same_weights or not torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3):
@@ -270,22 +282,6 @@ def _trained_sizes(
     sizes["in_diagonals"] = (layers, in_rank) if tying == "diagonal" else None
     sizes["middles"] = (layers, out_rank, in_rank) if tying == "free" else None
     return sizes
-
-
-def weights_fingerprint(weights: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
-    """Norm and three fixed entries of each layer's weight: tells base models apart in one pass over the weights.
-
-    Example:
-        >>> weights_fingerprint([torch.eye(2)])
-        tensor([1.4142, 1.0000, 0.0000, 1.0000])
-    """
-    rows = []
-    for weight in weights:
-        flat = weight.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-        norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
-        rows.append(torch.cat([norm.reshape(1), flat[places.to(flat.device)].double()]))
-    return torch.cat([row.to(rows[0].device) for row in rows]).float()
 
 
 def _basis_fingerprint(tucker: Tucker) -> Tensor:

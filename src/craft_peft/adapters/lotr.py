@@ -43,7 +43,7 @@ class LotrAdapter(FactoredStackAdapter):
         shape: the sizes of the group, all of one shape.
         r: the rank, at most the larger side of the matrices.
         start: where the factors start.
-        init_std: the standard deviation of the factors of the ``"normal"`` start.
+        init_std: the standard deviation of the factors of the ``"normal"`` start; None for ``1 / sqrt(d)``.
         init_weights: False starts from random cores (and changes) instead, for tests.
         scaling: the factor s.
         dropout: dropout on the input of the added part.
@@ -69,7 +69,7 @@ class LotrAdapter(FactoredStackAdapter):
         r: int,
         *,
         start: LotrStart = "normal",
-        init_std: float = 1.0,
+        init_std: float | None = 1.0,
         init_weights: bool = True,
         scaling: float = 1.0,
         dropout: float = 0.0,
@@ -79,7 +79,8 @@ class LotrAdapter(FactoredStackAdapter):
         sizes = {"out_factor": (shape.d_out, r), "core": (shape.layers, r, r), "in_factor": (shape.d_in, r)}
         for name, size in sizes.items():
             from_weights = start == "svd"
-            spread = 0.0 if from_weights or name == "core" else init_std
+            factor_std = size[0] ** -0.5 if init_std is None else init_std
+            spread = 0.0 if from_weights or name == "core" else factor_std
             if not init_weights and spread == 0:
                 spread = 1 / (2 * r**0.5)
             self.register_parameter(name, nn.Parameter(torch.randn(size) * spread))

@@ -19,6 +19,7 @@ from peft import (
 from peft.tuners.lokr.layer import factorization
 
 from ..plugin.config import PAPER_RANKS, CraftConfig
+from ..plugin.lotr_config import LotrConfig
 from .method_row import Method, Ranks, Setting
 from .recipes import Recipe
 from .targets import Targets
@@ -88,6 +89,14 @@ METHODS: dict[str, Method] = {
         setting=Setting(("layer", "out", "in"), default=None, fit=_craft_default, along=_craft_along),
         formula="n_p*(layer^2 + out^2 + in^2)",
         scale_rate=_craft_rate,
+    ),
+    "lotr": Method(
+        summary="LoTR: two trained factors shared by all matrices of one shape, one small core a matrix",
+        recipe=Recipe(learning_rate=1e-3),
+        config=LotrConfig,
+        # Factors with columns of unit length and a scaling of 1: the rate of the protocol belongs to them.
+        fields=lambda r: {"r": r, "alpha": r, "init_std": None},
+        formula="G*r*(d_out + d_in) + T*r^2",
     ),
     "lora": Method(
         summary="LoRA: two thin matrices a layer",

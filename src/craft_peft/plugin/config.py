@@ -73,6 +73,10 @@ class StackConfig(PeftConfig):
             "Only modules with the same ranks form a stack."
         },
     )
+    base_quantization: str | None = field(
+        default=None,
+        metadata={"help": "How the base model was quantised when the adapter was made. Leave empty to fill in."},
+    )
     craft_peft_version: str | None = field(
         default=None, metadata={"help": "The version of craft-peft that wrote this config. Leave empty to fill in."}
     )

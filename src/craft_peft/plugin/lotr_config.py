@@ -49,8 +49,12 @@ class LotrConfig(StackConfig):
             "pretrained weights, from which the change is then measured. Both start exactly at the base model."
         },
     )
-    init_std: float = field(
-        default=1.0, metadata={"help": "Standard deviation of the factors that start at random; the official 1."}
+    init_std: float | None = field(
+        default=1.0,
+        metadata={
+            "help": "Standard deviation of the factors that start at random; the official 1. None is 1 / sqrt(d) for a "
+            "side of size d, so that their columns have unit length whatever the width."
+        },
     )
     alpha: float = field(
         default=1.0, metadata={"help": "What the adapter adds is multiplied by alpha / r; 1 as in the official code."}
@@ -67,7 +71,8 @@ class LotrConfig(StackConfig):
             check_whole_number(f"rank_pattern[{pattern!r}]", r)
         check_choice("group", self.group, get_args(LotrGroup))
         check_choice("init", self.init, get_args(LotrStart))
-        check_positive("init_std", self.init_std)
+        if self.init_std is not None:
+            check_positive("init_std", self.init_std)
         if self.init == "svd" and self.alpha == 0:
             raise CraftError("alpha=0 cannot be used with init='svd': no core times 0 gives the weight. Use alpha=1.")
 

@@ -7,6 +7,7 @@ one is, up to its own rounding. The others (GPTQ, AWQ, AQLM, EETQ, ...) only run
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 
 import torch
@@ -33,6 +34,12 @@ def backend_of(module: nn.Module, model: nn.Module | None = None) -> Quantizatio
     if getattr(backend, "get_apply_tensor_subclass", None) is _no_scheme:
         backend.supports_merge = False
     return backend
+
+
+def quantization_of(modules: Iterable[nn.Module]) -> str | None:
+    """The names of the back ends that hold the weights of some modules; None if all are plain."""
+    backends = (backend_of(module) for module in modules)
+    return ", ".join(sorted({backend.backend_name for backend in backends if backend is not None})) or None
 
 
 def read_weight(module: nn.Module, name: str = "a layer") -> Tensor:

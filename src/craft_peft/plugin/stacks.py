@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -51,7 +53,8 @@ class Stack:
     @property
     def shape(self) -> StackShape:
         """The sizes of the weights as ``(out, in)``."""
-        return StackShape(tuple(weight_shape(module) for module in self.modules))
+        blocks = tuple(len(list(inside)) for _, inside in groupby(self.keys, layer_path))
+        return StackShape(tuple(weight_shape(module) for module in self.modules), blocks)
 
     @property
     def is_empty(self) -> bool:
@@ -66,13 +69,8 @@ class Stack:
                 infinity; names the module.
         """
         weights = []
-        for key, module in zip(self.keys, self.modules, strict=True):
-            if adapter_place(module)[0].type == "meta":
-                raise CraftError(
-                    f"The weight of '{key}' is on the meta device, so it holds no numbers to decompose. Load the base "
-                    "model with its weights first (for example without `init_empty_weights`)."
-                )
-            weight = oriented(module, read_weight(module, f"'{key}'"))
+        for layer, key in enumerate(self.keys):
+            weight = self.read_weight(layer)
             if not torch.isfinite(weight).all():
                 raise CraftError(
                     f"The weight of '{key}' holds NaN or infinity. Load the base model again, or leave that module out "
@@ -80,6 +78,16 @@ class Stack:
                 )
             weights.append(weight)
         return weights
+
+    def read_weight(self, layer: int) -> Tensor:
+        """One of `read_weights`, which may hold NaN or infinity."""
+        key, module = self.keys[layer], self.modules[layer]
+        if adapter_place(module)[0].type == "meta":
+            raise CraftError(
+                f"The weight of '{key}' is on the meta device, so it holds no numbers to decompose. Load the base "
+                "model with its weights first (for example without `init_empty_weights`)."
+            )
+        return oriented(module, read_weight(module, f"'{key}'"))
 
 
 def oriented(module: nn.Module, matrix: Tensor) -> Tensor:
@@ -113,6 +121,17 @@ def path_pattern(key: str) -> str:
         'encoder.layer.*.attention.query'
     """
     return ".".join("*" if part.isdigit() else part for part in key.split("."))
+
+
+def layer_path(key: str) -> str:
+    """The path of the layer of the model that a module lies in: up to the first index, or all of it.
+
+    Example:
+        >>> layer_path("encoder.layer.3.attention.query")
+        'encoder.layer.3'
+    """
+    before, *after = re.split(r"(?<=\.)(\d+)(?=\.|$)", key, maxsplit=1)
+    return before + after[0] if after else key
 
 
 def collect_stacks(

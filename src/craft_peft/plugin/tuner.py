@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 from ..adapters.base import StackAdapter, still_deferred
 from ..errors import CraftError
+from ..sharing import share_work_in, shared_work, stop_sharing_work_in
+from .base_check import BaseCheck
 from .config import StackConfig
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
-from .quantization import adapter_place, backend_of
+from .quantization import adapter_place, backend_of, quantization_of
 from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
 
 QUERY_AND_VALUE = {
@@ -62,6 +65,8 @@ class StackTuner(BaseTuner):
         self._slots: dict[str, tuple[StackSlot, bool]] = {}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._slots = {}
+        # On the model, not on this tuner: it may be used without one (`inject_adapter_in_model`, `add_adapter`).
+        share_work_in(model)
 
     def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
         set_default_targets(peft_config, self.model)
@@ -77,11 +82,14 @@ class StackTuner(BaseTuner):
             for stack in stacks:
                 for sentence in peft_config.explain_defaults(stack.name, stack.shape, stack.ranks):
                     say_once(sentence)
+            peft_config.base_quantization = quantization_of(module for stack in stacks for module in stack.modules)
         # What a file holds is not computed first: such an adapter is about to be loaded. Nor is anything else, while
         # there are no weights to compute it from.
         is_loaded = peft_config._read_from_file or self._low_cpu_mem_usage or self._saved_modules is not None
+        check = BaseCheck.between(peft_config, self.model)
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
+            adapter.watch_loading(partial(check.compare, stack))
             if is_loaded and (peft_config.saves_what_it_derived or stack.is_empty):
                 adapter.defer(stack.read_weights)
             else:
@@ -170,6 +178,22 @@ class StackTuner(BaseTuner):
         except CraftError:
             self.delete_adapter(adapter_name)
             raise
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with shared_work():
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_sharing_work_in(model)
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
