@@ -11,9 +11,12 @@ from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
+import peft
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import StackShape
@@ -153,7 +156,7 @@ def collect_stacks(
         The stacks, in the order of their first module.
 
     Raises:
-        CraftError: a target that is not linear.
+        CraftError: a target that is not linear, or that is never called.
 
     Example:
         >>> model = nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({"query": nn.Linear(4, 4)}) for _ in range(3))})
@@ -167,6 +170,12 @@ def collect_stacks(
             raise CraftError(
                 f"The target module '{key}' is a {type(module).__name__}, not a linear layer. `target_modules` has to "
                 "name torch.nn.Linear or transformers' Conv1D modules, or quantised ones that PEFT knows."
+            )
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            raise CraftError(
+                f"The target module '{key}' is the output projection of a torch.nn.MultiheadAttention, which uses its "
+                "weight without calling it, so that an adapter on it would do nothing. Leave it out with "
+                "`exclude_modules`."
             )
         apart = {
             "projection": (path_pattern(key), weight_shape(module)),
@@ -201,17 +210,21 @@ def say_once(sentence: str) -> None:
     logger.warning(sentence)
 
 
-def explain_no_match(target_modules: Collection[str] | None, excluded: list[str], model: nn.Module) -> CraftError:
+class NoTargetError(CraftError, getattr(peft, "NoMatchingPeftModuleError", ValueError)):  # type: ignore[misc]
+    """Target modules that match nothing; PEFT's own error for it, which peft 0.20 does not have yet, is a base."""
+
+
+def explain_no_match(target_modules: Collection[str] | None, left_out: list[str], model: nn.Module) -> NoTargetError:
     """The error for target modules that match nothing: names what was left out, and what there is to match."""
     found = _linear_names(model)
     wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or ())
     close = [match for name in wanted for match in get_close_matches(name, found, n=1)]
-    if excluded:
-        named = ", ".join(repr(key) for key in excluded[:3]) + (", ..." if len(excluded) > 3 else "")
+    if left_out:
+        named = ", ".join(repr(key) for key in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
         hint = f" `exclude_modules` and `modules_to_save` leave out {named}."
     else:
         hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
-    return CraftError(
+    return NoTargetError(
         f"`target_modules={wanted}` matches no module of {type(model).__name__}.{hint} {describe_linear_modules(model)}"
     )
 
@@ -223,4 +236,11 @@ def describe_linear_modules(model: nn.Module) -> str:
 
 
 def _linear_names(model: nn.Module) -> set[str]:
-    return {key.rpartition(".")[2] for key, module in model.named_modules() if is_linear(module)}
+    names: set[str] = set()
+    inside: tuple[str, ...] = ()
+    for key, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):  # a head that is saved, with its copies
+            inside = (*inside, key + ".")
+        elif is_linear(module) and not key.startswith(inside):
+            names.add(key.removesuffix(".base_layer").rpartition(".")[2])
+    return names

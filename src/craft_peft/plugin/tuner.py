@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -243,7 +243,6 @@ def find_targets(
     """
     _maybe_include_all_linear_layers(config, model)
     targets: list[tuple[str, nn.Module]] = []
-    excluded: list[str] = []
     inside: tuple[str, ...] = ()
     for key, module in model.named_modules():
         if saved is not None:
@@ -252,10 +251,7 @@ def find_targets(
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, key + ".")
-        found = check_target_module_exists(config, key) if saved is None else key in saved
-        if isinstance(found, _ExcludedModule):
-            excluded.append(key)
-        if found:
+        if check_target_module_exists(config, key) if saved is None else key in saved:
             if getattr(module, "merged", False):
                 raise CraftError(
                     f"The adapter(s) {module.merged_adapters} are merged into '{key}', so its weight is not the "
@@ -263,7 +259,10 @@ def find_targets(
                 )
             targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
     if not targets:
-        raise explain_no_match(config.target_modules, excluded, model)
+        everywhere = copy(config)
+        everywhere.exclude_modules = everywhere.modules_to_save = None
+        left_out = [key for key, _ in model.named_modules() if key and check_target_module_exists(everywhere, key)]
+        raise explain_no_match(config.target_modules, left_out, model)
     return targets
 
 
