@@ -111,6 +111,7 @@ class StackAdapter(nn.Module, ABC):
         self.dropout = dropout
         self._deferred: Callable[[], None] | None = None
         self._watcher: Callable[[Tensor], None] | None = None
+        self.registered_in: tuple[nn.ModuleDict, str] = (nn.ModuleDict(), "")
 
     @abstractmethod
     def initialise(self, read_weights: ReadWeights) -> None:
@@ -145,6 +146,15 @@ class StackAdapter(nn.Module, ABC):
         self.make_ready()
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             return self.prepare()
+
+    def forward(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """`delta_output` as a call of the module: engines that shard parameters gather them around such calls."""
+        return self.delta_output(layer, x)
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The first trained tensor, under the name by which PEFT's FSDP policy tells what to wrap by itself."""
+        return next(self.parameters(), None)
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that it has (up to rounding)."""
