@@ -10,8 +10,8 @@
 - `steps` measures the seconds of a training step in one process that takes one step of each method in turn, so that
   whatever else the machine does falls on all of them alike: the wall time, and the processor time of the process. The
   runs of `train` share the machine: their wall time says little.
-- `publish` writes what the docs show. The rate of a method is the one with the best score on the development set after
-  the last epoch: chosen on the rows that it is measured on, for every method alike.
+- `publish` writes what `docs/templates/comparison.md.jinja` shows. The rate of a method is the one with the best score
+  on the development set after the last epoch: chosen on the rows that it is measured on, for every method alike.
 """
 
 import argparse
@@ -183,7 +183,8 @@ def read_batches(config: TrainingConfig, rounds: int) -> list[dict[str, torch.Te
     rows = encode(data.train.shuffle(seed=config.seed), tokenizer, recipe.max_length)
     collate = DataCollatorWithPadding(tokenizer)
     size = recipe.batch_size
-    return [dict(collate([rows[i] for i in range(r * size, (r + 1) * size)])) for r in range(rounds + 1)]
+    chosen = [[i % len(rows) for i in range(r * size, (r + 1) * size)] for r in range(rounds + 1)]
+    return [dict(collate([rows[i] for i in batch])) for batch in chosen]
 
 
 def make_step(config: TrainingConfig):
@@ -234,12 +235,13 @@ def describe_run(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "task": result["task"],
         "method": result["method"],
-        "setting": METHODS[result["method"]].setting.describe(None if ranks is None else tuple(ranks)),
+        "setting": METHODS[result["method"]].setting.describe(tuple(ranks)) if ranks else "",
         "ranks": ranks,
         "learning_rate": config["recipe"]["learning_rate"],
         "recipe": config["recipe"],
         "seed": result["seed"],
         "parameters": result["parameters"],
+        "score": result["score"]["last"],
         "scores": [record["score"] for record in result["curve"]],
         "metrics": result["metrics"],
         "seconds": result["seconds"],
@@ -249,7 +251,7 @@ def describe_run(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for name, function in {"train": run_all, "steps": measure_steps, "publish": publish}.items():
@@ -274,7 +276,7 @@ def main() -> None:
             command.add_argument("--jobs", type=int, default=1, help="runs at a time")
         else:
             command.add_argument("--rounds", type=int, default=20, help="steps a method, after a first one to warm up")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     arguments.function(arguments)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import naive_superlora
 import torch
 from torch import Tensor
 
-from craft_peft import CraftConfig, LotrConfig
+from craft_peft import CraftConfig, LotrConfig, SuperLoraConfig
 from craft_peft.adapters.base import StackAdapter, StackShape
 from craft_peft.adapters.craft import CraftAdapter
 from craft_peft.adapters.lotr import LotrAdapter
@@ -26,6 +27,7 @@ class Method:
         count: trained numbers for the target matrices, given those of each projection, by the formula of the paper.
         naive_delta: what is added to layer l's weight, written with loops from the paper's equation.
         setting: what tells this row from others of the same method.
+        shares_work: whether its layers share a computation (`StackAdapter.prepare`).
         exceptions: laws that do not hold for it, by name, and why.
     """
 
@@ -34,6 +36,7 @@ class Method:
     count: Callable[[Sequence[StackShape]], int]
     naive_delta: Callable[[StackAdapter, int], Tensor]
     setting: str = ""
+    shares_work: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -124,6 +127,15 @@ def _lotr_naive_delta(adapter: LotrAdapter, layer: int) -> Tensor:
     return adapter.scaling * torch.tensor(difference, dtype=adapter.core.dtype)
 
 
+def _superlora(
+    setting: str, count: Callable[[Sequence[StackShape]], int], *, shares_work: bool = True, **case
+) -> Method:
+    def config(**fields) -> SuperLoraConfig:
+        return SuperLoraConfig(**{"r": 2, "alpha": 2.0, **case, **fields})
+
+    return Method("superlora", config, count, naive_superlora.naive_delta, setting, shares_work)
+
+
 METHODS = [
     *(
         Method(
@@ -147,5 +159,25 @@ METHODS = [
         _lotr_naive_delta,
         setting="svd start a projection",
         exceptions={"scales_with_alpha": "its cores start where alpha / r times them is the weight, whatever alpha is"},
+    ),
+    # 6 matrices of 16 x 16 are 1536 = 8 * 12 * 16 entries.
+    _superlora("one group", lambda projections: 2 * (8 + 12 + 16) + 2**3),
+    _superlora(
+        "as lora",
+        lambda projections: sum(2 * sum(matrix) for shape in projections for matrix in shape.matrices),
+        shares_work=False,
+        groups="weight",
+        order=2,
+        sizes="weights",
+    ),
+    # Half of 1536 / 2 are 384 = (4 * 6) * (4 * 4) numbers a group.
+    _superlora(
+        "two groups of two splits, projected and shuffled",
+        lambda projections: 2 * 2 * ((4 + 4) + (6 + 4)),
+        groups=2,
+        order=2,
+        splits=2,
+        projection="fastfood",
+        shuffle=True,
     ),
 ]

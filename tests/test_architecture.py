@@ -13,10 +13,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "src" / "craft_peft"
 
 # Imports go only to the left. `__init__` stands for the public names: what `from craft_peft import X` reaches.
-ORDER = ["errors", "tucker", "adapters", "plugin", "lora_export", "__init__", "glue", "cli"]
+TENSOR_ORDER = ["tucker", "fastfood", "folding", "sharing", "adapters"]
+ORDER = ["errors", *TENSOR_ORDER, "plugin", "lora_export", "__init__", "glue", "cli"]
 APART = {("lora_export", "glue"), ("glue", "lora_export")}  # one level: neither knows the other
 
-TENSOR_PARTS = {"tucker", "adapters"}
+TENSOR_PARTS = set(TENSOR_ORDER)
 TENSOR_IMPORTS = {"torch", "jaxtyping", "craft_peft"}
 RESTRICTED = {"peft": {"plugin", "lora_export", "glue", "cli"}}
 RESTRICTED |= {

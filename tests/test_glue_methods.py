@@ -63,6 +63,12 @@ def test_options_that_do_not_fit(name: str, options: MethodOptions, message: str
         make_peft_config(name, options)
 
 
+@pytest.mark.parametrize("u", [1, 4, 5, 64, 65, 256])
+def test_tinylora_has_the_smallest_rank_that_its_vector_can_fill(u: int) -> None:
+    r = make_peft_config("tinylora", MethodOptions(ranks=(u,))).r
+    assert r**2 >= u and (r == 2 or (r - 1) ** 2 < u)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -124,7 +124,10 @@ def test_gradients_are_those_of_the_dequantised_weights(method, backend):
             module.weight.data = read_weight(quantised.get_submodule(name)).clone()
     gradients = []
     for base in (quantised, plain):
-        model = adapted(method, base)
+        model = adapted(method, base).train()  # in evaluation some processors compute 4-bit products in bfloat16
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         model(tokens(), labels=torch.tensor([0, 1])).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()

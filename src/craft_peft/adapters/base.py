@@ -1,11 +1,13 @@
 r"""One interface for all tensor methods: what is added to the weight of layer l of a stack?
 
-A *stack* is the set of weights of one projection over the layers, all of one shape ``(out, in)``. An adapter belongs
-to one whole stack: what its layers share, it holds once.
+A *stack* is a set of weights: those of one projection over the layers, all of one shape ``(out, in)``, or, for methods
+that share more, all target matrices of one shape, or simply all. An adapter belongs to one whole stack: what its layers
+share, it holds once.
 
 .. math:: W'_l = W_l + \Delta W_l, \qquad l = 0, \dots, L - 1
 
-A new method is one subclass here: it says how it starts (`initialise`) and what :math:`\Delta W_l` is.
+A new method is one subclass here: it says how it starts (`initialise`) and what :math:`\Delta W_l` is; and, if its
+layers need parts of one computation, what that is (`prepare`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CraftError
+from ..sharing import compute_once
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class StackShape:
 
     In the stacks of most methods they are all the same; `layers`, `d_out` and `d_in` then describe them.
 
+    Args:
+        matrices: the sizes.
+        blocks: how many of them, in their order, lie in each layer of the model; by default one in each.
+
     Example:
         >>> shape = StackShape.uniform(layers=12, d_out=768, d_in=512)
         >>> shape.layers, shape.d_out, shape.d_in, len(shape.matrices)
@@ -38,6 +45,7 @@ class StackShape:
     """
 
     matrices: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...] = ()
 
     @classmethod
     def uniform(cls, layers: int, d_out: int, d_in: int) -> StackShape:
@@ -103,6 +111,7 @@ class StackAdapter(nn.Module, ABC):
         self.dropout = dropout
         self._deferred: Callable[[], None] | None = None
         self._watcher: Callable[[Tensor], None] | None = None
+        self.registered_in: tuple[nn.ModuleDict, str] = (nn.ModuleDict(), "")
 
     @abstractmethod
     def initialise(self, read_weights: ReadWeights) -> None:
@@ -119,13 +128,41 @@ class StackAdapter(nn.Module, ABC):
             layer: the index in the stack, from 0.
             x: the input of the layer.
         """
-        return F.linear(x, self.delta_weight(layer).to(x.dtype))
+        return F.linear(x, self.delta_weight(layer).to(x))
+
+    def prepare(self) -> tuple[Tensor, ...]:
+        """One tensor a layer, in one computation for all of them: for methods that make their deltas together.
+
+        What a method returns here its `delta_weight` and `delta_output` get with `prepared`, computed once a forward
+        pass, in the dtype of the trained tensors whatever autocast does to the rest.
+        """
+        raise NotImplementedError(f"{type(self).__name__} computes nothing for all its layers together")
+
+    def prepared(self, layer: int) -> Tensor:
+        """The tensor of a layer from `prepare`, see `craft_peft.sharing`."""
+        return compute_once(self, self._prepare)[layer]
+
+    def _prepare(self) -> tuple[Tensor, ...]:
+        self.make_ready()
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self.prepare()
+
+    def forward(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """`delta_output` as a call of the module: engines that shard parameters gather them around such calls."""
+        return self.delta_output(layer, x)
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The first trained tensor, under the name by which PEFT's FSDP policy tells what to wrap by itself."""
+        return next(self.parameters(), None)
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
-        """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that this form of it has."""
+        """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that it has (up to rounding)."""
         delta = self.delta_weight(layer)
-        d_out, d_in = delta.shape
-        return (torch.eye(d_out).to(delta), delta) if d_out <= d_in else (delta, torch.eye(d_in).to(delta))
+        left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+        noise = values[0] * max(delta.shape) * torch.finfo(delta.dtype).eps
+        rank = max(1, int((values > noise).sum()))
+        return (left[:, :rank] * values[:rank]).to(delta.dtype), right[:rank].to(delta.dtype)
 
     @property
     def directions_from(self) -> str | None:

@@ -74,3 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = getattr(arguments, "interrupted", "")
         print(f"\ninterrupted.{hint}", file=sys.stderr)
         return 130
+
+
+if __name__ == "__main__":  # for launchers that start a module: accelerate launch -m craft_peft.cli.main ...
+    sys.exit(main())

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(params_table(f"{arguments.model}: {wish}", found))
     console.print(
         f"T = {len(targets.modules)} matrices of d_out x d_in: {describe(targets)}; n_p: projections; G: groups of one "
-        "shape.",
+        "shape; d_1, d_2, d_3: sizes of the tensor that they all fold into.",
         soft_wrap=True,
     )
     if any(isinstance(choice, Choice) and not choice.fits for choice in found.values()):

@@ -45,7 +45,7 @@ class Setting:
             'vectors 90, length 256'
         """
         if ranks is None:
-            return "default"
+            return "left to the method"
         return ", ".join(f"{name} {rank:,}" for name, rank in zip(self.names, ranks, strict=True))
 
 

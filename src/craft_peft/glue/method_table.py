@@ -18,8 +18,10 @@ from peft import (
 )
 from peft.tuners.lokr.layer import factorization
 
+from ..folding import fold_sizes
 from ..plugin.config import PAPER_RANKS, CraftConfig
 from ..plugin.lotr_config import LotrConfig
+from ..plugin.superlora_config import SuperLoraConfig
 from .method_row import Method, Ranks, Setting
 from .recipes import Recipe
 from .targets import Targets
@@ -49,6 +51,11 @@ def _craft_rate(ranks: Ranks) -> float:
 
 def _at_most_a_side(ranks: Ranks | None, targets: Targets) -> Ranks:
     return (min(*(ranks or ()), targets.smallest_side),)
+
+
+def _folded(targets: Targets) -> tuple[int, ...]:
+    """The sizes of the tensor into which SuperLoRA folds all matrices, in ascending order."""
+    return fold_sizes(sum(d_out * d_in for d_out, d_in in targets.shapes), 3)
 
 
 def _lora_fields(r: int, **fixed: Any) -> dict[str, Any]:
@@ -97,6 +104,14 @@ METHODS: dict[str, Method] = {
         # Factors with columns of unit length and a scaling of 1: the rate of the protocol belongs to them.
         fields=lambda r: {"r": r, "alpha": r, "init_std": None},
         formula="G*r*(d_out + d_in) + T*r^2",
+    ),
+    "superlora": Method(
+        summary="SuperLoRA: all updates folded into one tensor, a dense core with a factor for each of three modes",
+        recipe=Recipe(learning_rate=2e-3),
+        config=SuperLoraConfig,
+        fields=lambda r: {"r": r, "alpha": r},
+        setting=Setting(last=lambda targets: _folded(targets)[0]),
+        formula="r*(d_1 + d_2 + d_3) + r^3",
     ),
     "lora": Method(
         summary="LoRA: two thin matrices a layer",

@@ -45,9 +45,10 @@ def print_summary(
     sizes = [f"{len(data.train):,} train", *(f"{len(rows):,} {name}" for name, rows in data.dev.items())]
     sizes += [] if held_out is None else [f"{len(held_out):,} held out of train"]
     share = 100 * parameters.trainable / parameters.total
+    method = METHODS[settings["method"]]
     rows = {
-        "method": METHODS[settings["method"]].summary,
-        "setting": METHODS[settings["method"]].setting.describe(settings["ranks"]),
+        "method": method.summary,
+        **({"setting": method.setting.describe(settings["ranks"])} if isinstance(model, PeftModel) else {}),
         "adapted modules": describe_targets(model),
         "trained": f"{parameters.adapter:,} adapter + {parameters.head:,} head = {parameters.trainable:,} of "
         f"{parameters.total:,} ({share:.2f} %)",

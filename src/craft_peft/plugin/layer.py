@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
+from .distributed import check_engine
 from .quantization import adapter_place, read_weight, write_weight
 from .stacks import oriented, weight_shape
 
@@ -38,7 +39,10 @@ class StackSlot(nn.Module):
 
     def delta_output(self, x: Tensor) -> Tensor:
         """What the adapter adds to this layer's output."""
-        return self.adapter.delta_output(self.layer, F.dropout(x, self.adapter.dropout, self.training))
+        if self.training and not torch.compiler.is_compiling():
+            check_engine(self.adapter)
+        holder, name = self.adapter.registered_in  # FSDP 1 has put a wrapper there, which has to be called
+        return holder[name](self.layer, F.dropout(x, self.adapter.dropout, self.training))
 
 
 class StackedLinear(nn.Module, BaseTunerLayer):
@@ -92,6 +96,7 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         self.slots[adapter_name] = slot.train(self.training)
         if owner:
             self.owned[adapter_name] = slot.adapter.train(self.training)
+            slot.adapter.registered_in = (self.owned, adapter_name)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus what every active adapter adds.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CraftError
+from .distributed import whole
 
 
 def backend_of(module: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:
@@ -65,7 +66,7 @@ def read_weight(module: nn.Module, name: str = "a layer") -> Tensor:
         except (NotImplementedError, TypeError):  # the two that PEFT's back ends raise
             pass
     elif isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1:
-        return weight.detach()  # numbers of 8 bits mean nothing without the scale that is kept beside them
+        return whole(weight).detach()  # numbers of 8 bits mean nothing without the scale that is kept beside them
     raise CraftError(
         f"The weight of {name}, a {type(module).__name__}{f' ({backend.backend_name})' if backend else ''}, is "
         "quantised and cannot be turned back into floating-point numbers, so it can be neither decomposed nor merged "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import groupby
 from typing import Any, Literal
 
 import peft
@@ -54,7 +56,8 @@ class Stack:
     @property
     def shape(self) -> StackShape:
         """The sizes of the weights as ``(out, in)``."""
-        return StackShape(tuple(weight_shape(module) for module in self.modules))
+        blocks = tuple(len(list(inside)) for _, inside in groupby(self.keys, layer_path))
+        return StackShape(tuple(weight_shape(module) for module in self.modules), blocks)
 
     @property
     def is_empty(self) -> bool:
@@ -121,6 +124,17 @@ def path_pattern(key: str) -> str:
         'encoder.layer.*.attention.query'
     """
     return ".".join("*" if part.isdigit() else part for part in key.split("."))
+
+
+def layer_path(key: str) -> str:
+    """The path of the layer of the model that a module lies in: up to the first index, or all of it.
+
+    Example:
+        >>> layer_path("encoder.layer.3.attention.query")
+        'encoder.layer.3'
+    """
+    before, *after = re.split(r"(?<=\.)(\d+)(?=\.|$)", key, maxsplit=1)
+    return before + after[0] if after else key
 
 
 def collect_stacks(

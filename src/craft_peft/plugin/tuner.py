@@ -8,6 +8,7 @@ from copy import copy
 from functools import partial
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from ..adapters.base import StackAdapter, still_deferred
 from ..errors import CraftError
+from ..sharing import share_work_in, shared_work, stop_sharing_work_in
 from .base_check import BaseCheck
 from .config import StackConfig
+from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
 from .quantization import adapter_place, backend_of, quantization_of
@@ -64,6 +67,8 @@ class StackTuner(BaseTuner):
         self._slots: dict[str, tuple[StackSlot, bool]] = {}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._slots = {}
+        # On the model, not on this tuner: it may be used without one (`inject_adapter_in_model`, `add_adapter`).
+        share_work_in(model)
 
     def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
         set_default_targets(peft_config, self.model)
@@ -90,7 +95,7 @@ class StackTuner(BaseTuner):
             if is_loaded and (peft_config.saves_what_it_derived or stack.is_empty):
                 adapter.defer(stack.read_weights)
             else:
-                adapter.initialise(stack.read_weights)
+                initialise(adapter, stack.read_weights)
             for layer, key in enumerate(stack.keys):
                 slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
                 if self._low_cpu_mem_usage and peft_config.saves_what_it_derived:
@@ -176,14 +181,38 @@ class StackTuner(BaseTuner):
             self.delete_adapter(adapter_name)
             raise
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with shared_work():
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_sharing_work_in(model)
+        return model
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT enters this around forward and generate with their arguments.
+        if not torch.compiler.is_compiling():
+            keep_frozen_tensors_out_of_ddp()
         if kwargs.get("adapter_names") is None:
             yield
             return
         with rows_use(self.model, kwargs["adapter_names"], list(self.peft_config), kwargs.get("num_beams")):
             yield
+
+    @classmethod
+    def _get_adapter_state_dict(cls, state_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+        # PEFT 0.21 looks for the paths of adapted layers, into which FSDP 1 puts wrappers: it would save nothing.
+        found = {key: tensor for key, tensor in state_dict.items() if f".{cls.prefix}" in key}
+        return super()._get_adapter_state_dict(state_dict=state_dict, **kwargs) | found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:

@@ -1,0 +1,104 @@
+"""What the engines for several processes (DDP, FSDP, DeepSpeed ZeRO) need from adapters that many layers share.
+
+They gather the parameters of a module around calls of it, and send what changes: so the layers call an adapter as a
+module, and what is frozen is kept out of the traffic. Where an engine cannot work with shared parameters, say so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext, suppress
+from types import FrameType
+from weakref import WeakSet
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
+from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
+
+from ..adapters.base import ReadWeights, StackAdapter
+from ..errors import CraftError
+
+_handled: WeakSet[DistributedDataParallel] = WeakSet()
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The weight in full: a copy where ZeRO-3 has split it over the processes, which then all have to call this."""
+    if not hasattr(weight, "ds_id"):
+        return weight
+    with gather_params_ctx(weight):
+        return weight.detach().clone()
+
+
+def initialise(adapter: StackAdapter, read_weights: ReadWeights) -> None:
+    """`adapter.initialise`, also where only the first process of a machine has the weights and FSDP will send them.
+
+    Raises:
+        CraftError: under FSDP 2, whose way to send them (accelerate 1.15) fails on models with buffers like ours.
+    """
+    arrive_later = False
+    if is_fsdp_enabled():  # transformers means: enabled, with `cpu_ram_efficient_loading`
+        if os.environ.get("FSDP_VERSION") == "2":
+            raise CraftError(
+                "FSDP 2 with `fsdp_cpu_ram_efficient_loading: true` cannot send the adapter's frozen factors to the "
+                "other processes: accelerate takes every tensor of the model for a sharded parameter. Set "
+                "`fsdp_cpu_ram_efficient_loading: false`, or use `fsdp_version: 1`."
+            )
+        arrive_later = not is_local_dist_rank_0()
+    with suppress(CraftError) if arrive_later else nullcontext():  # no numbers, or none that can be decomposed
+        adapter.initialise(read_weights)
+
+
+def keep_frozen_tensors_out_of_ddp() -> None:
+    """Call it within the model's forward: from the next on, DDP no longer broadcasts the adapters' buffers.
+
+    DDP broadcasts all buffers before each forward, and these never change. Not by the model's own list of tensors to
+    ignore: that would leave them out of the broadcast with which DDP makes the processes equal at its start, too.
+    """
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or ddp in _handled:
+        return
+    _handled.add(ddp)
+    for path, module in ddp.module.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for own in module.adapter_layer_names:
+                frozen = module.get_submodule(own).named_buffers()
+                ddp.parameters_to_ignore.update(f"{path}.{own}.{name}" for name, _ in frozen)
+
+
+def check_engine(adapter: StackAdapter) -> None:
+    """Call it before an adapter is used in training: refuse what an engine cannot do with shared parameters.
+
+    Raises:
+        CraftError: reentrant gradient checkpoints, under an engine that would take a part of the gradient of a shared
+            parameter for the whole: DDP and FSDP 2 without an error, ZeRO-3 with a failed assertion. Or an adapter
+            that FSDP 2 has sharded together with one of the layers that share it.
+    """
+    sharded_alone = hasattr(adapter, "unshard")  # it is an FSDPModule
+    if hasattr(adapter.weight, "full_tensor") and not sharded_alone:  # its parameters are DTensors
+        raise CraftError(
+            "FSDP 2 has sharded the adapter together with one layer, and other layers use it too. Shard it by itself: "
+            f"add {type(adapter).__name__!r} to `fsdp_transformer_layer_cls_to_wrap`."
+        )
+    if torch.is_grad_enabled():
+        return
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    partial = sharded_alone or hasattr(adapter.weight, "ds_id") or (ddp is not None and not ddp.static_graph)
+    if partial and _inside_reentrant_checkpoint():
+        raise CraftError(
+            "The model is trained on several processes with reentrant gradient checkpoints. The engine (DDP, FSDP 2 or "
+            "ZeRO-3) then takes the gradient of an adapter for complete when one of the layers that share it has added "
+            "its part: it would be wrong. Use the other kind of checkpoints: "
+            '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+        )
+
+
+def _inside_reentrant_checkpoint() -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
