@@ -17,11 +17,24 @@ from jaxtyping import install_import_hook
 
 # Before anything imports craft_peft: every annotation, shapes included, is then checked at each call. Not in
 # `plugin.config`, where users' values arrive and are checked by the configs themselves, with errors that tests read.
-CHECKED = ["errors", "tucker", "adapters", "plugin.stacks", "plugin.layer", "plugin.tuner", "glue", "cli"]
+CHECKED = ["errors", "tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
+CHECKED += ["plugin.stacks", "plugin.quantization", "plugin.layer", "plugin.tuner", "glue", "cli"]
 install_import_hook([f"craft_peft.{name}" for name in CHECKED], "beartype.beartype")
 
 # The models here are tiny: more threads only cost time, and sums keep one order.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--features", type=Path, metavar="FILE", help="write to FILE which features of PEFT were shown")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--features"):
+        from feature_record import FeatureRecord
+
+        config.pluginmanager.register(FeatureRecord(config.getoption("--features")))
+
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")

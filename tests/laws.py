@@ -15,7 +15,7 @@ from torch import Tensor
 from craft_peft.adapters.base import StackShape
 from craft_peft.plugin.layer import StackedLinear
 
-SHAPE = StackShape(layers=3, d_out=7, d_in=5)
+SHAPE = StackShape.uniform(layers=3, d_out=7, d_in=5)
 TARGETS = ["query", "value"]
 
 
@@ -119,7 +119,7 @@ def trains_only_what_it_declares(method: Method) -> None:
     model = get_peft_model(bert(), method.config(task_type="SEQ_CLS", target_modules=TARGETS))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adapter = {name: p for name, p in trained.items() if f".{method.name}_" in name}
-    assert sum(p.numel() for p in adapter.values()) == 2 * method.count(StackShape(LAYERS, WIDTH, WIDTH))
+    assert sum(p.numel() for p in adapter.values()) == method.count([StackShape.uniform(LAYERS, WIDTH, WIDTH)] * 2)
     assert all(".classifier.modules_to_save." in name for name in trained.keys() - adapter.keys())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD(trained.values(), lr=0.5)
@@ -257,7 +257,7 @@ def mixes_adapters_in_a_batch(method: Method) -> None:
     mixed = model(rows, adapter_names=["second", "__base__", "default", "second"]).logits
     assert_close(mixed[0], expected["second"], products=200)
     assert_close(mixed[2], expected["default"], products=200)
-    assert torch.equal(mixed[0], mixed[3])
+    assert_close(mixed[3], mixed[0], products=200)
     assert_close(mixed[1], base(rows).logits[0], products=200)
 
 

@@ -13,10 +13,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "src" / "craft_peft"
 
 # Imports go only to the left. `__init__` stands for the public names: what `from craft_peft import X` reaches.
-ORDER = ["errors", "tucker", "adapters", "plugin", "lora_export", "__init__", "glue", "cli"]
+TENSOR_ORDER = ["tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
+ORDER = ["errors", *TENSOR_ORDER, "plugin", "lora_export", "__init__", "glue", "cli"]
 APART = {("lora_export", "glue"), ("glue", "lora_export")}  # one level: neither knows the other
 
-TENSOR_PARTS = {"tucker", "adapters"}
+TENSOR_PARTS = set(TENSOR_ORDER)
 TENSOR_IMPORTS = {"torch", "jaxtyping", "craft_peft"}
 RESTRICTED = {"peft": {"plugin", "lora_export", "glue", "cli"}}
 RESTRICTED |= {
@@ -40,7 +41,7 @@ FILE_LINES, BODY_LINES = 400, 60
 
 METHODS = {"craft", "lotr", "superlora", "lora"}
 METHOD_CLASS = re.compile(r"(Craft|Lotr|SuperLora|Lora)(?!Error)[A-Z]\w*$")
-METHOD_FILES = {"plugin/config.py", "plugin/registration.py", "glue/methods.py"}
+METHOD_FILES = {"plugin/config.py", "plugin/registration.py", "glue/method_table.py"}
 
 Sources = dict[str, str]  # path below the package -> its text
 
@@ -201,11 +202,11 @@ FAULTS: list[tuple[Rule, str, str]] = [
 # What looks like a fault and is none.
 FAIR: list[tuple[Rule, str, str]] = [
     (imports_go_left, "adapters/craft.py", "from ..tucker import hosvd\nfrom .base import StackAdapter"),
-    (imports_go_left, "glue/methods.py", "from craft_peft import CraftConfig"),
+    (imports_go_left, "glue/method_table.py", "from craft_peft import CraftConfig"),
     (third_parties_stay_in_place, "adapters/base.py", "import math\nimport torch\nfrom jaxtyping import Float"),
     (siblings_stay_apart, "adapters/lotr.py", "from .base import StackAdapter"),
     (pieces_stay_small, "tucker.py", "def f():\n    '''" + "Doc.\n" * (BODY_LINES + 1) + "    '''\n    return 1\n"),
-    (methods_are_not_asked_for, "glue/methods.py", "if name == 'craft':\n    pass"),
+    (methods_are_not_asked_for, "glue/method_table.py", "if name == 'craft':\n    pass"),
     (methods_are_not_asked_for, "cli/main.py", "if isinstance(error, CraftError):\n    pass"),
 ]
 

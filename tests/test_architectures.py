@@ -10,6 +10,7 @@ from method_table import METHODS
 from peft import PeftModel, get_peft_model
 
 from craft_peft.plugin.layer import StackedLinear
+from craft_peft.plugin.stacks import path_pattern
 
 TEXT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
 GROUPED = {**TEXT, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32}
@@ -136,17 +137,29 @@ def logits(model):
 
 
 def stacks_of(model):
-    """Pattern and sizes of every stack that an adapted model has."""
-    found = {}
+    """The patterns of the projections in every stack that an adapted model has, with the sizes of their matrices."""
+    patterns, shapes = {}, {}
     for key, module in model.get_base_model().named_modules():
         if isinstance(module, StackedLinear):
-            pattern = ".".join("*" if part.isdigit() else part for part in key.split("."))
-            shape = module.slots["default"].adapter.shape
-            found[pattern] = (shape.layers, shape.d_out, shape.d_in)
-    return found
+            adapter = module.slots["default"].adapter
+            patterns.setdefault(adapter, set()).add(path_pattern(key))
+            shapes[adapter] = sorted(adapter.shape.matrices)
+    return {frozenset(found): shapes[adapter] for adapter, found in patterns.items()}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def expected_stacks(projections, together):
+    """The same from the table above, for methods that stack a projection, all matrices of one shape, or all."""
+    groups = {}
+    for pattern, (_, *matrix) in projections.items():
+        apart = {"projection": pattern, "shape": tuple(matrix), "all": None}[together]
+        groups.setdefault(apart, []).append(pattern)
+    return {
+        frozenset(patterns): sorted(tuple(projections[p][1:]) for p in patterns for _ in range(projections[p][0]))
+        for patterns in groups.values()
+    }
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name, method, tmp_path):
     model_class, config, stacks = ARCHITECTURES[name]
@@ -154,7 +167,7 @@ def test_architecture(name, method, tmp_path):
     base = model_class(copy.deepcopy(config)).eval()
     before = logits(base)
     fresh = get_peft_model(copy.deepcopy(base), method.config()).eval()
-    assert stacks_of(fresh) == stacks
+    assert stacks_of(fresh) == expected_stacks(stacks, method.config().together)
     assert torch.equal(logits(fresh), before)
     torch.manual_seed(1)
     model = get_peft_model(copy.deepcopy(base), method.config(init_weights=False)).eval()

@@ -64,6 +64,44 @@ class TestTrain:
         assert result["config"]["recipe"]["batch_size"] == 16
         assert result["parameters"]["adapter"] == 2 * (4 + 64 + 64)
 
+    def test_budget_chooses_the_ranks(self, workshop: Path, tmp_path: Path, command: Command) -> None:
+        words = ["--data", workshop / "train.csv", "--dev-data", workshop / "dev.csv", "--output", tmp_path / "run"]
+        words += ["--method", "lora-xs", "--budget", 150, "--model", workshop / "encoder", "--epochs", 1]
+        status, _, err = command("train", *words)
+        assert status == 0
+        assert "Chosen: lora-xs with r 6 trains 144 adapter parameters of a budget of 150 (6 left)." in err
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert (result["config"]["ranks"], result["config"]["budget"]) == ([6], 150)
+        assert (result["config"]["adapter"]["r"], result["parameters"]["adapter"]) == (6, 144)
+
+    def test_a_rung_of_the_ladder_with_bases_from_the_data(
+        self, workshop: Path, tmp_path: Path, command: Command
+    ) -> None:
+        words = ["--data", workshop / "train.csv", "--dev-data", workshop / "dev.csv", "--output", tmp_path / "run"]
+        words += ["--ranks", "2,8,8", "--option", "tying=free", "--option", "basis=gradients"]
+        assert command("train", *words, *recipe(workshop))[0] == 0
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert result["config"]["adapter"]["tying"] == "free" and result["config"]["adapter"]["basis"] == "gradients"
+        status, out, _ = command("evaluate", tmp_path / "run")
+        assert status == 0 and f"{result['score']['last']:.4f}" in out
+
+    def test_an_option_without_a_value(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--model", "m", "--output", "o", "--option", "tying"])
+        assert "'tying' is not of the form NAME=VALUE, such as tying=free" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("tying=none", "tying='none' is unknown. Use one of shared, diagonal, free"),
+            ("tyin=free", "does not take these options"),
+        ],
+    )
+    def test_bad_options(self, workshop: Path, tmp_path: Path, command: Command, option: str, message: str) -> None:
+        words = ["train", "--data", workshop / "train.csv", "--output", tmp_path / "run", *recipe(workshop)]
+        status, _, err = command(*words, "--option", option)
+        assert status == 2 and message in err and not (tmp_path / "run").exists()
+
     def test_refuses_then_overwrites(self, workshop: Path, glue_run: Path, command: Command) -> None:
         words = ["train", "--task", "sst2", "--data", workshop / "glue", "--output", glue_run, *recipe(workshop)]
         status, out, err = command(*words)
@@ -95,12 +133,19 @@ class TestTrain:
             (["--data", "empty.csv"], "empty.csv is empty"),
             (["--data", "latin.csv"], "latin.csv, line 2: byte 0xe9 is not valid UTF-8"),
             (["--data", "train.csv", "--method", "lorra"], "Unknown method `lorra`. Did you mean `lora`?"),
-            (["--data", "train.csv", "--ranks", "8"], "has to be 'paper' or three whole numbers"),
-            (["--data", "train.csv", "--ranks", "0,8,8"], "ranks[0]=0"),
-            (["--data", "train.csv", "--ranks=-1,8,8"], "ranks[0]=-1"),
+            (["--data", "train.csv", "--ranks", "8"], "`craft`, which takes 3 whole number(s)"),
+            (["--data", "train.csv", "--ranks", "0,8,8"], "ranks=(0, 8, 8) does not fit"),
+            (["--data", "train.csv", "--ranks=-1,8,8"], "ranks=(-1, 8, 8) does not fit"),
             (["--data", "train.csv", "--ranks", "3,8,8"], "`ranks[0]=3` keeps more layer directions"),
             (["--data", "train.csv", "--ranks", "2,17,8"], "`ranks[1]=17` keeps more output directions"),
             (["--data", "train.csv", "--method", "head", "--ranks", "8"], "Method `head` adds nothing to the model"),
+            (["--data", "train.csv", "--ranks", "2,8,8", "--budget", "90"], "Both `--ranks 2,8,8` and `--budget 90`"),
+            (
+                ["--data", "train.csv", "--budget", "11"],
+                "which trains 12 adapter parameters. Give at least `--budget 12`",
+            ),
+            (["--data", "train.csv", "--budget", "0"], "`--budget 0` is no number of parameters"),
+            (["--data", "train.csv", "--method", "head", "--budget", "9"], "Method `head` adds nothing to the model"),
             (["--data", "train.csv", "--target-modules", "nothing"], "nothing"),
             (["--data", "train.csv", "--target-modules", "LayerNorm"], "LayerNorm"),
             (["--data", "train.csv", "--model", "./absent"], "There is no model folder `./absent`"),

@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 
 from craft_peft import CraftConfig, CraftError
-from craft_peft.glue.methods import METHODS, MethodOptions, Recipe, find_method, make_peft_config
+from craft_peft.glue.method_row import MethodOptions
+from craft_peft.glue.methods import METHODS, find_method, make_peft_config
+from craft_peft.glue.recipes import Recipe
 from craft_peft.glue.settings import TrainingConfig
 
 
@@ -38,17 +40,33 @@ def test_extra_options_reach_the_config() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lora", MethodOptions(ranks=(8, 8)), r"ranks=\(8, 8\) does not fit LoRA, which takes one positive rank"),
-        ("lora", MethodOptions(ranks=(0,)), r"ranks=\(0,\) does not fit LoRA"),
+        (
+            "lora",
+            MethodOptions(ranks=(8, 8)),
+            r"ranks=\(8, 8\) does not fit method `lora`, which takes 1 .*`--ranks R`",
+        ),
+        ("lora", MethodOptions(ranks=(0,)), r"ranks=\(0,\) does not fit method `lora`"),
+        ("vblora", MethodOptions(ranks=(90,)), r"takes 2 .*`--ranks VECTORS,LENGTH`"),
         ("lora", MethodOptions(extra={"ranq": 1}), r"Method `lora` does not take these options: .*ranq"),
         ("head", MethodOptions(ranks=(8,)), r"Method `head` adds nothing to the model"),
-        ("craft", MethodOptions(ranks=(8,)), r"ranks=\(8,\) has to be 'paper' or three whole numbers"),
+        (
+            "craft",
+            MethodOptions(ranks=(8,)),
+            r"ranks=\(8,\) does not fit method `craft`, which takes 3 .*`--ranks LAYER,OUT,IN`",
+        ),
+        ("head", MethodOptions(budget=8), r"Method `head` adds nothing to the model.*budget=8"),
         ("lorra", MethodOptions(), r"Unknown method `lorra`\. Did you mean `lora`\?"),
     ],
 )
 def test_options_that_do_not_fit(name: str, options: MethodOptions, message: str) -> None:
     with pytest.raises(CraftError, match=message):
         make_peft_config(name, options)
+
+
+@pytest.mark.parametrize("u", [1, 4, 5, 64, 65, 256])
+def test_tinylora_has_the_smallest_rank_that_its_vector_can_fill(u: int) -> None:
+    r = make_peft_config("tinylora", MethodOptions(ranks=(u,))).r
+    assert r**2 >= u and (r == 2 or (r - 1) ** 2 < u)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +104,7 @@ def test_every_number_of_the_command_is_one_of_the_recipe() -> None:
 
 
 def test_unknown_method_lists_all() -> None:
-    with pytest.raises(CraftError, match="The methods are: craft, lora, head, full"):
+    with pytest.raises(CraftError, match=r"The methods are: craft, lora, pissa, .*head, full"):
         find_method("nothing")
 
 
@@ -98,6 +116,7 @@ def test_unknown_method_lists_all() -> None:
         ("craft", (6, 50, 25), 2e-3),
         ("craft", (24, 100, 200), 5e-4),
         ("lora", (64,), 4e-4),
+        ("lora-xs", (64,), 1e-3),
     ],
 )
 def test_crafts_rate_falls_with_the_rank(method: str, ranks: tuple[int, ...] | None, rate: float) -> None:

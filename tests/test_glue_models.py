@@ -20,12 +20,16 @@ from transformers import (
 
 from craft_peft import CraftError
 from craft_peft.glue import models
+from craft_peft.glue.budgets import price
 from craft_peft.glue.data import read_own
 from craft_peft.glue.encoding import encode
 from craft_peft.glue.heads import HEAD_STARTS, start_head
-from craft_peft.glue.methods import MethodOptions, make_peft_config
+from craft_peft.glue.method_row import MethodOptions
+from craft_peft.glue.methods import METHODS, make_peft_config
 from craft_peft.glue.models import adapt, choose_precision, head_modules, load_base, resolve_model_name
+from craft_peft.glue.optimization import parameter_groups
 from craft_peft.glue.settings import TrainingConfig, read_data
+from craft_peft.glue.targets import find_model_targets
 from craft_peft.glue.tasks import TASKS, Task
 
 REVIEWS = Task("reviews", ("text",), "label", ("bad", "good"), ("accuracy",))
@@ -97,6 +101,16 @@ def test_head_of_two_modules_is_trained_and_saved_whole(tmp_path: Path) -> None:
         assert f"base_model.model.{module}.modules_to_save.default.weight" in trained
         assert models.is_head_parameter(f"base_model.model.{module}.modules_to_save.default.weight", model)
     assert sum(models.is_head_parameter(name, model) for name in trained) == 4
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.config is not None])
+def test_what_an_adapter_trains_is_told_from_the_head(method: str) -> None:
+    base, targets = distilbert(), find_model_targets(distilbert())
+    ranks = METHODS[method].setting.on(targets)
+    model = adapt(base, make_peft_config(method, MethodOptions(ranks, ("q_lin", "v_lin"))), False)
+    groups = {group["name"]: group["params"] for group in parameter_groups(model, METHODS[method].recipe)}
+    assert sum(p.numel() for p in groups["head"]) == 16 * 16 + 16 + 16 * 2 + 2
+    assert sum(p.numel() for p in groups["adapter"]) == price(method, MethodOptions(ranks=ranks), targets).trainable
 
 
 @pytest.mark.parametrize(("trains_base", "count"), [(False, 4), (True, 4 + 2 + 2 + 2 * 16)])

@@ -18,7 +18,7 @@ from craft_peft.plugin.layer import StackedLinear
 
 
 def every_method(test):
-    return pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)(test)
+    return pytest.mark.parametrize("method", METHODS, ids=str)(test)
 
 
 def adapted(method, make, **fields):

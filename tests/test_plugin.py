@@ -19,9 +19,10 @@ from torch import nn
 from craft_peft import CraftConfig, CraftError
 from craft_peft.adapters import craft as craft_module
 from craft_peft.adapters.base import StackShape
+from craft_peft.adapters.craft import CraftAdapter
 from craft_peft.plugin.registration import register_methods
 
-CRAFT = next(method for method in METHODS if method.name == "craft")
+CRAFT = next(method for method in METHODS if str(method) == "craft")
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def decompositions(monkeypatch):
     ],
 )
 def test_counts_of_the_reference(ranks, layers, width, count):
-    adapter = CraftConfig(ranks=ranks).build_adapter("query", StackShape(layers, width, width))
+    adapter = CraftConfig(ranks=ranks).build_adapter("query", StackShape.uniform(layers, width, width))
     assert 2 * sum(parameter.numel() for parameter in adapter.parameters()) == count
 
 
@@ -69,9 +70,9 @@ def test_the_default_says_what_it_became(caplog):
 def test_trained_modes_leave_the_others_at_the_identity():
     for modes in [(0,), (1,), (2,), (0, 2)]:
         adapter = CraftConfig(ranks=(2, 4, 3), trained_modes=modes, init_weights=False).build_adapter(
-            "query", StackShape(3, 7, 5)
+            "query", StackShape.uniform(3, 7, 5)
         )
-        adapter.initialise([torch.randn(7, 5) for _ in range(3)])
+        adapter.initialise(lambda: [torch.randn(7, 5) for _ in range(3)])
         assert sum(p.numel() for p in adapter.parameters()) == sum((2, 4, 3)[mode] ** 2 for mode in modes)
         for mode, transform in enumerate(adapter.transforms().values()):
             assert torch.equal(transform, torch.eye(len(transform))) == (mode not in modes)
@@ -81,7 +82,45 @@ def test_trained_modes_leave_the_others_at_the_identity():
 def test_fused_projections_of_gpt2_are_one_stack():
     model = get_peft_model(gpt2(), CraftConfig(ranks=(3, 5, 4), init_weights=False))
     adapter = model.base_model.model.transformer.h[0].attn.c_attn.craft_adapters["default"]
-    assert adapter.shape == StackShape(layers=3, d_out=48, d_in=16)
+    assert adapter.shape == StackShape.uniform(layers=3, d_out=48, d_in=16)
+
+
+def adapters_of(model):
+    """Every adapter of a model, with the number of its layers and its ranks, by the projection of its first layer."""
+    owners = [(key, module) for key, module in model.named_modules() if isinstance(module, CraftAdapter)]
+    return [(key.split(".craft_")[0].rpartition(".")[2], a.shape.layers, a.ranks) for key, a in owners]
+
+
+@pytest.mark.peft_feature("`rank_pattern`")
+def test_rank_pattern_gives_modules_other_ranks_and_stacks_of_their_own(tmp_path):
+    pattern = {"value": (3, 5, 6), r"layer\.1\.attention\.self\.query": [1, 2, 2]}
+    model, base = moved(CRAFT, rank_pattern=pattern)
+    assert adapters_of(model) == [("query", 2, (2, 4, 3)), ("value", 3, (3, 5, 6)), ("query", 1, (1, 2, 2))]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.peft_config["default"].rank_pattern == model.peft_config["default"].rank_pattern
+
+
+@pytest.mark.peft_feature("layers of different shapes in one projection")
+def test_alternating_shapes_form_separate_stacks(tmp_path, caplog):
+    def shapes_alternate():
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.ModuleDict({"query": nn.Linear(16, 8 if i % 2 else 16)}) for i in range(5)))
+
+    config = CRAFT.config(target_modules=["query"], init_weights=False)
+    model = get_peft_model(shapes_alternate(), config)
+    assert adapters_of(model) == [("query", 3, (2, 4, 3)), ("query", 2, (2, 4, 3))]
+    assert [record.message for record in caplog.records] == [
+        "The modules '*.query' have 2 shapes, so they form 2 stacks with an adapter each: 3 layers of 16 x 16 weights, "
+        "2 layers of 8 x 16 weights."
+    ]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(shapes_alternate(), tmp_path)
+    x = torch.randn(2, 16)
+    for i in range(5):
+        layers = [m.base_model.model[i]["query"] for m in (model, loaded)]
+        assert torch.equal(layers[0](x), layers[1](x)) and not torch.equal(layers[0](x), layers[0].base_layer(x))
 
 
 @pytest.mark.parametrize("decomposition", ["hosvd", "st-hosvd", "hooi"])
@@ -262,6 +301,7 @@ save_file({"logits": model(tokens).logits.detach()}, sys.argv[1] + "/found.safet
         ({"ranks": (24, 100)}, r"ranks=\(24, 100\) has to be 'paper' or three whole numbers"),
         ({"ranks": 24}, r"has to be 'paper' or three whole numbers"),
         ({"ranks": "best"}, r"ranks='best' has to be 'paper' or three whole numbers"),
+        ({"rank_pattern": {"query": (1, 2)}}, r"rank_pattern\['query'\]=\(1, 2\) has to be 'paper' or three"),
         ({"trained_modes": ()}, r"trained_modes=\(\) has to name at least one of the modes"),
         ({"trained_modes": (1, 3)}, r"trained_modes=\(1, 3\)"),
         ({"decomposition": "svd"}, r"decomposition='svd' is unknown. Use one of hosvd, st-hosvd, hooi"),
@@ -282,12 +322,6 @@ def test_a_bad_config_is_refused(fields, message):
 def spoil(value, layer=1):
     model = bert()
     model.bert.encoder.layer[layer].attention.self.value.weight.data[2, 3] = value
-    return model
-
-
-def with_another_shape():
-    model = bert()
-    model.bert.encoder.layer[2].attention.self.query = nn.Linear(16, 12)
     return model
 
 
@@ -315,9 +349,14 @@ def on_the_meta_device():
         (bert, {"target_modules": ["word_embeddings"]}, r"word_embeddings' is a Embedding, not a linear layer"),
         (bert, {"target_modules": ["LayerNorm"]}, r"is a LayerNorm, not a linear layer"),
         (
-            with_another_shape,
-            {},
-            r"cannot form one stack: .*layer.0.* has the shape \(16, 16\) and .*layer.2.*\(12, 16\)",
+            bert,
+            {"rank_pattern": {"key": (3, 2, 2)}},
+            r"`rank_pattern` has ranks for 'key', which matches no target module.*layer.\*.attention.self.query'",
+        ),
+        (
+            bert,
+            {"rank_pattern": {"value": (3, 99, 2)}},
+            r"`ranks\[1\]=99` keeps more output directions than stack 'value' has outputs",
         ),
         (lambda: spoil(torch.nan), {}, r"weight of 'bert.encoder.layer.1.attention.self.value' holds NaN or infinity"),
         (lambda: spoil(torch.inf, layer=2), {}, r"layer.2.attention.self.value' holds NaN or infinity"),

@@ -79,6 +79,21 @@ def test_hosvd_factors_are_the_singular_vectors_of_the_unfoldings():
         assert_close(factor @ factor.T, expected @ expected.T, products=1000)
 
 
+@pytest.mark.parametrize("rank", [2, 6, 20])
+def test_a_mode_larger_than_the_others_together(rank, monkeypatch):
+    """As of one layer's vocabulary: its singular vectors, without a matrix of its size squared."""
+    tensor, largest, eigh = random_tensor((1, 40, 6)), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: largest.append(len(matrix)) or eigh(matrix))
+    factor = hosvd(tensor, (1, rank, 6)).factors[1]
+    assert max(largest) <= 6
+    assert_orthonormal(factor)
+    vectors = torch.linalg.svd(tensor[0], full_matrices=False).U[:, :rank]
+    cosines = (vectors * factor[:, :6]).sum(0).abs()
+    assert_close(cosines, torch.ones_like(cosines), products=1000)
+    for further in factor[:, 6:].T:
+        assert (further @ tensor[0]).abs().max() <= tolerance(torch.float64, 40) * tensor.abs().max()
+
+
 def test_the_core_of_a_full_hosvd_is_all_orthogonal():
     """De Lathauwer et al. (2000), theorem 2: slices of the core are orthogonal, their norms are the singular values."""
     tensor = random_tensor()

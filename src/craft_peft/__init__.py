@@ -1,8 +1,8 @@
 """CRAFT: fine-tune a pretrained transformer by training a few tens of thousands of numbers shared by all its layers.
 
 A plug-in for Hugging Face PEFT. Importing this package registers its methods, so that `peft.get_peft_model`,
-`peft.PeftModel.from_pretrained` and everything around them take a `CraftConfig`. In a process that loads a saved
-adapter, import this package first.
+`peft.PeftModel.from_pretrained` and everything around them take a `CraftConfig`, or that of a sibling, `LotrConfig` or
+`SuperLoraConfig`. In a process that loads a saved adapter, import this package first.
 
 Example:
     >>> from peft import get_peft_model
@@ -18,12 +18,16 @@ Example:
 """
 
 from .errors import CraftError as CraftError
+from .plugin.bases import fit_bases as fit_bases
 from .plugin.config import CraftConfig as CraftConfig
+from .plugin.lotr_config import LotrConfig as LotrConfig
 from .plugin.registration import register_methods
+from .plugin.superlora_config import SuperLoraConfig as SuperLoraConfig
 from .tucker import Tucker as Tucker
 from .tucker import explained_energy as explained_energy
 from .tucker import hosvd as hosvd
 from .tucker import mode_product as mode_product
+from .tucker import project as project
 from .tucker import unfold as unfold
 
 register_methods()

@@ -124,8 +124,9 @@ def hosvd(tensor: Float[Tensor, ...], ranks: Sequence[int], method: Decompositio
         CraftError: a rank outside its range, a wrong number of ranks, an unknown method, an entry that is not finite.
 
     Cost:
-        One Gram product of ``n_k^2 * (all other sizes)`` and one eigendecomposition of ``n_k^3`` a mode, in float64;
-        HOOI repeats it on the projected, much smaller tensors.
+        One Gram product of ``n_k^2 * (all other sizes)`` and one eigendecomposition of ``n_k^3`` a mode, in float64
+        (a mode that is larger than all others together: one QR decomposition of ``n_k * (all other sizes)^2``); HOOI
+        repeats it on the projected, much smaller tensors.
 
     Example:
         >>> tucker = hosvd(torch.randn(6, 8, 10, generator=torch.Generator().manual_seed(0)), ranks=(2, 3, 4))
@@ -148,6 +149,23 @@ def hosvd(tensor: Float[Tensor, ...], ranks: Sequence[int], method: Decompositio
                 factors[mode] = _leading_directions(_project(tensor, factors, skip=mode), mode, rank)
     core = _project(tensor, factors) * scale
     # Contiguous, as they come back from a file: products with another memory layout round differently.
+    return Tucker(core.to(dtype).contiguous(), tuple(factor.to(dtype).contiguous() for factor in factors))
+
+
+def project(tensor: Float[Tensor, ...], factors: Sequence[Float[Tensor, "_ _"]]) -> Tucker:
+    """The decomposition with given factors: its core is the tensor's projection on them, the best for these factors.
+
+    Args:
+        tensor: any order, any floating type.
+        factors: one matrix ``(n_k, r_k)`` with orthonormal columns a mode.
+
+    Example:
+        >>> tensor = torch.arange(8.0).reshape(2, 2, 2)
+        >>> project(tensor, [torch.eye(2), torch.eye(2)[:, :1], torch.eye(2)]).core.tolist()
+        [[[0.0, 1.0]], [[4.0, 5.0]]]
+    """
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    core = _project(tensor.detach().double(), [factor.double() for factor in factors])
     return Tucker(core.to(dtype).contiguous(), tuple(factor.to(dtype).contiguous() for factor in factors))
 
 
@@ -223,6 +241,14 @@ def _project(tensor: Tensor, factors: Sequence[Tensor], skip: int | None = None)
 def _leading_directions(tensor: Tensor, mode: int, rank: int) -> Tensor:
     """The `rank` leading left singular vectors of an unfolding, each with its largest entry positive."""
     matrix = unfold(tensor, mode)
-    vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
+    size, others = matrix.shape
+    if size <= others:
+        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
+    else:  # a Gram matrix of a vocabulary would not fit in memory
+        basis, triangle = torch.linalg.qr(matrix)
+        vectors = basis @ torch.linalg.svd(triangle).U[:, :rank]
+    if rank > others:  # what is left are directions in which the tensor is 0: any that are orthogonal
+        padded = torch.cat([vectors, torch.eye(size, rank - others).to(matrix)], dim=1)
+        vectors = torch.cat([vectors, torch.linalg.qr(padded).Q[:, others:]], dim=1)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * largest.sign()

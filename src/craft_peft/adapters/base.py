@@ -1,19 +1,22 @@
 r"""One interface for all tensor methods: what is added to the weight of layer l of a stack?
 
-A *stack* is the set of weights of one projection over the layers, all of one shape ``(out, in)``. An adapter belongs
-to one whole stack: what its layers share, it holds once.
+A *stack* is a set of weights: those of one projection over the layers, all of one shape ``(out, in)``, or, for methods
+that share more, all target matrices of one shape, or simply all. An adapter belongs to one whole stack: what its layers
+share, it holds once.
 
 .. math:: W'_l = W_l + \Delta W_l, \qquad l = 0, \dots, L - 1
 
-A new method is one subclass here: it says how it starts (`initialise`) and what :math:`\Delta W_l` is.
+A new method is one subclass here: it says how it starts (`initialise`) and what :math:`\Delta W_l` is; and, if its
+layers need parts of one computation, what that is (`prepare`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,29 +25,68 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CraftError
+from ..fused import adapted_linear
+from ..sharing import compute_once
 
 
 @dataclass(frozen=True)
 class StackShape:
-    """The sizes of a stack: `layers` matrices of ``(d_out, d_in)``.
+    """The sizes ``(d_out, d_in)`` of the matrices of a stack, in the order of the layers.
+
+    In the stacks of most methods they are all the same; `layers`, `d_out` and `d_in` then describe them.
+
+    Args:
+        matrices: the sizes.
+        blocks: how many of them, in their order, lie in each layer of the model; by default one in each.
 
     Example:
-        >>> StackShape(layers=12, d_out=768, d_in=768).matrix
-        (768, 768)
+        >>> shape = StackShape.uniform(layers=12, d_out=768, d_in=512)
+        >>> shape.layers, shape.d_out, shape.d_in, len(shape.matrices)
+        (12, 768, 512, 12)
     """
 
-    layers: int
-    d_out: int
-    d_in: int
+    matrices: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...] = ()
+
+    @classmethod
+    def uniform(cls, layers: int, d_out: int, d_in: int) -> StackShape:
+        """`layers` matrices of one shape."""
+        return cls(((d_out, d_in),) * layers)
+
+    @property
+    def layers(self) -> int:
+        """How many matrices."""
+        return len(self.matrices)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The shape of one layer's weight."""
-        return self.d_out, self.d_in
+        """The shape that all matrices have; methods that share factors over the layers ask for it."""
+        if len(set(self.matrices)) != 1:
+            raise CraftError(
+                f"The matrices of this stack have the shapes {sorted(set(self.matrices))}; one shape is needed."
+            )
+        return self.matrices[0]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{d_out} x {d_in}" for d_out, d_in in dict.fromkeys(self.matrices))
+        return f"{self.layers} layers of {sizes} weights"
+
+    @property
+    def d_out(self) -> int:
+        """The output size of every matrix."""
+        return self.matrix[0]
+
+    @property
+    def d_in(self) -> int:
+        """The input size of every matrix."""
+        return self.matrix[1]
 
 
 ReadWeights = Callable[[], Sequence[Tensor]]
-"""Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, when an adapter needs them."""
+"""Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, to an adapter that needs them."""
+
+FINGERPRINT_NUMBERS = 4
+"""How many numbers of each layer's weight `weights_fingerprint` holds."""
 
 
 class StackAdapter(nn.Module, ABC):
@@ -53,6 +95,9 @@ class StackAdapter(nn.Module, ABC):
     Trained tensors are parameters; what is frozen (bases taken from the pretrained weights) are buffers. The frozen
     part is either computed from the weights (`initialise`) or loaded with a state dict. To save a decomposition that
     loading would overwrite, `defer` postpones it until the tensors are first needed.
+
+    A method whose frozen tensors mean something beside the weights they were computed from alone has a buffer
+    ``fingerprint`` that begins with their `weights_fingerprint`; `watch_loading` then tells when another is loaded.
 
     Args:
         shape: the sizes of the stack.
@@ -65,12 +110,13 @@ class StackAdapter(nn.Module, ABC):
         self.shape = shape
         self.scaling = scaling
         self.dropout = dropout
-        self._deferred: ReadWeights | None = None
+        self._deferred: Callable[[], None] | None = None
+        self._watcher: Callable[[Tensor], None] | None = None
         self.registered_in: tuple[nn.ModuleDict, str] = (nn.ModuleDict(), "")
 
     @abstractmethod
-    def initialise(self, weights: Sequence[Tensor]) -> None:
-        """Fill every frozen tensor from the pretrained weights, one ``(d_out, d_in)`` tensor a layer."""
+    def initialise(self, read_weights: ReadWeights) -> None:
+        """Fill every frozen tensor, from the pretrained weights if the method needs them (it reads them then)."""
 
     @abstractmethod
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
@@ -83,11 +129,45 @@ class StackAdapter(nn.Module, ABC):
             layer: the index in the stack, from 0.
             x: the input of the layer.
         """
-        return F.linear(x, self.delta_weight(layer).to(x.dtype))
+        return F.linear(x, self.delta_weight(layer).to(x))
 
-    def forward(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        """`delta_output` as a call of the module: engines that shard parameters gather them around such calls."""
-        return self.delta_output(layer, x)
+    def prepare(self) -> tuple[Tensor, ...]:
+        """One tensor a layer, in one computation for all of them: for methods that make their deltas together.
+
+        What a method returns here its `delta_weight` and `delta_output` get with `prepared`, computed once a forward
+        pass, in the dtype of the trained tensors whatever autocast does to the rest.
+        """
+        raise NotImplementedError(f"{type(self).__name__} computes nothing for all its layers together")
+
+    def prepared(self, layer: int) -> Tensor:
+        """The tensor of a layer from `prepare`, see `craft_peft.sharing`."""
+        return compute_once(self, self._prepare)[layer]
+
+    def _prepare(self) -> tuple[Tensor, ...]:
+        self.make_ready()
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self.prepare()
+
+    def forward(
+        self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear | None = None
+    ) -> Float[Tensor, "... d_out"]:
+        """`delta_output` as a call of the module: engines that shard parameters gather them around such calls.
+
+        Args:
+            layer: the index in the stack.
+            x: the input of the layer.
+            base: the pretrained layer, for `adapted_output` instead; only if `fuses`.
+        """
+        return self.delta_output(layer, x) if base is None else self.adapted_output(layer, x, base)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether there is an `adapted_output` that keeps less for the backward pass than base and delta do apart."""
+        return False
+
+    def adapted_output(self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear) -> Float[Tensor, "... d_out"]:
+        """The output of the adapted layer, ``base(x) + delta_output(layer, x)``, all of one dtype and frozen base."""
+        return base(x) + self.delta_output(layer, x)
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -95,15 +175,59 @@ class StackAdapter(nn.Module, ABC):
         return next(self.parameters(), None)
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
-        """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that this form of it has."""
+        """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that it has (up to rounding)."""
         delta = self.delta_weight(layer)
-        if self.shape.d_out <= self.shape.d_in:
-            return torch.eye(self.shape.d_out).to(delta), delta
-        return delta, torch.eye(self.shape.d_in).to(delta)
+        left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+        noise = values[0] * max(delta.shape) * torch.finfo(delta.dtype).eps
+        rank = max(1, int((values > noise).sum()))
+        return (left[:, :rank] * values[:rank]).to(delta.dtype), right[:rank].to(delta.dtype)
+
+    @property
+    def directions_from(self) -> str | None:
+        """What `set_bases` has to be given directions of: "activations", "gradients", or None if it takes none."""
+        return None
+
+    def set_bases(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+        """Take bases from the directions of other matrices than the pretrained weights.
+
+        Args:
+            weights: the pretrained weights, one ``(d_out, d_in)`` tensor a layer.
+            directions: matrices of the same sizes.
+
+        Raises:
+            CraftError: this adapter takes none.
+        """
+        raise CraftError(f"{type(self).__name__} takes no bases from elsewhere.")
+
+    def become_weighted_sum(self, adapters: Sequence[StackAdapter], weights: Sequence[float | int]) -> None:
+        r"""Set all tensors so that :math:`\Delta W_l = \sum_i w_i \Delta W_l^i` over adapters of the same stack.
+
+        Args:
+            adapters: of this class.
+            weights: one a adapter.
+
+        Raises:
+            CraftError: this adapter cannot hold that sum.
+        """
+        raise CraftError(f"{type(self).__name__} cannot hold a sum of adapters.")
 
     def defer(self, read_weights: ReadWeights) -> None:
-        """Call `initialise` on these weights when the frozen tensors are first used, unless they are loaded before."""
-        self._deferred = read_weights
+        """Call `initialise` with this reader when the frozen tensors are first used, unless they are loaded before."""
+        self._deferred = partial(self.initialise, read_weights)
+
+    def watch_loading(self, watcher: Callable[[Tensor], None]) -> None:
+        """Call this with the saved fingerprint whenever frozen tensors are loaded together with one."""
+        self._watcher = watcher
+
+    def _meet_fingerprint(self, saved: Tensor) -> None:
+        if self._watcher is not None:
+            self._watcher(saved)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' own loading sets tensors one by one, with this mark, and calls no `load_state_dict`.
+        if name == "fingerprint" and getattr(value, "_is_hf_initialized", False):
+            self._meet_fingerprint(value)
+        super().__setattr__(name, value)
 
     @contextmanager
     def still_deferred(self) -> Iterator[None]:
@@ -117,12 +241,26 @@ class StackAdapter(nn.Module, ABC):
     def make_ready(self) -> None:
         """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
         if self._deferred is not None:
-            read_weights, self._deferred = self._deferred, None
-            self.initialise(read_weights())
+            deferred, self._deferred = self._deferred, None
+            try:
+                deferred()
+            except CraftError:
+                self._deferred = deferred  # the next use is an error again, not a use of tensors that hold nothing
+                raise
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.make_ready()
+        if not any(parameter.is_meta for parameter in self.parameters()):  # those are still to be loaded
+            self.make_ready()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._check_shapes(state_dict, prefix)
+        saved = [name for name, _ in self.named_buffers(recurse=False) if name not in self._non_persistent_buffers_set]
+        if all(prefix + name in state_dict for name in saved):
+            self._deferred = None  # everything frozen comes with the state: nothing is left to compute
+            if "fingerprint" in saved:
+                self._meet_fingerprint(state_dict[f"{prefix}fingerprint"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Refuse saved tensors of other shapes before any is loaded; torch would name each, but not the reason."""
@@ -131,13 +269,13 @@ class StackAdapter(nn.Module, ABC):
             if saved is not None and saved.shape != own.shape:
                 raise CraftError(
                     f"The saved adapter does not fit this base model: '{prefix}{name}' was saved with the shape "
-                    f"{tuple(saved.shape)} and needs {tuple(own.shape)} for {self.shape.layers} layers of "
-                    f"{self.shape.d_out} x {self.shape.d_in} weights. Load it on the base model that it was trained on."
+                    f"{tuple(saved.shape)} and needs {tuple(own.shape)} for {self.shape}. Load it on the base model "
+                    "that it was trained on."
                 )
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""
-        return f"layers={self.shape.layers}, d_out={self.shape.d_out}, d_in={self.shape.d_in}, scaling={self.scaling}"
+        return f"{self.shape}, scaling={self.scaling}"
 
 
 class FactoredStackAdapter(StackAdapter):
@@ -153,6 +291,10 @@ class FactoredStackAdapter(StackAdapter):
     out_factor: Float[Tensor, "d_out r_out"]
     in_factor: Float[Tensor, "d_in r_in"]
 
+    def factors(self) -> tuple[Float[Tensor, "d_out r_out"], Float[Tensor, "d_in r_in"]]:
+        """The matrices :math:`U` and :math:`V`."""
+        return self.out_factor, self.in_factor
+
     @abstractmethod
     def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
         """The small matrix :math:`K_l` of a layer, without the scaling."""
@@ -165,20 +307,44 @@ class FactoredStackAdapter(StackAdapter):
 
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
         """``scaling * out_factor @ middle(layer) @ in_factor.T``."""
-        return self.out_factor @ self._scaled_middle(layer) @ self.in_factor.T
+        middle = self._scaled_middle(layer)
+        out_factor, in_factor = self.factors()
+        return out_factor @ middle @ in_factor.T
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """``(out_factor @ K_l, in_factor.T)`` or ``(out_factor, K_l @ in_factor.T)``, as the smaller rank asks."""
         middle = self._scaled_middle(layer)
+        out_factor, in_factor = self.factors()
         if middle.shape[1] <= middle.shape[0]:
-            return self.out_factor @ middle, self.in_factor.T
-        return self.out_factor, middle @ self.in_factor.T
+            return out_factor @ middle, in_factor.T
+        return out_factor, middle @ in_factor.T
 
     def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """``x @ delta_weight(layer).T``, through the thin factors: ``(d_in + d_out) * r`` products a token."""
         middle = self._scaled_middle(layer)
-        hidden = F.linear(F.linear(x, self.in_factor.T.to(x.dtype)), middle.to(x.dtype))
-        return F.linear(hidden, self.out_factor.to(x.dtype))
+        out_factor, in_factor = self.factors()
+        hidden = F.linear(F.linear(x, in_factor.T.to(x.dtype)), middle.to(x.dtype))
+        return F.linear(hidden, out_factor.to(x.dtype))
+
+    @property
+    def fuses(self) -> bool:
+        """Yes, unless the factors are of those that are trained."""
+        return "out_factor" in self._buffers and "in_factor" in self._buffers
+
+    def adapted_output(self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear) -> Float[Tensor, "... d_out"]:
+        """In one step of the graph, see `craft_peft.fused`."""
+        out_factor, in_factor = self.factors()
+        return adapted_linear(x, base.weight, base.bias, out_factor, self._scaled_middle(layer), in_factor)
+
+
+@contextmanager
+def still_deferred(model: nn.Module) -> Iterator[None]:
+    """Within it every deferred `initialise` of a model's adapters stays deferred: for reading names and shapes."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, StackAdapter):
+                stack.enter_context(module.still_deferred())
+        yield
 
 
 def stack_weights(weights: Sequence[Tensor]) -> Float[Tensor, "layers d_out d_in"]:
@@ -189,3 +355,29 @@ def stack_weights(weights: Sequence[Tensor]) -> Float[Tensor, "layers d_out d_in
         torch.Size([2, 3, 4])
     """
     return torch.stack([weight.detach().to(weights[0].device) for weight in weights])
+
+
+def weights_fingerprint(weights: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
+    """Norm and three fixed entries of each layer's weight: tells base models apart in one pass over the weights.
+
+    Example:
+        >>> weights_fingerprint([torch.eye(2)])
+        tensor([1.4142, 1.0000, 0.0000, 1.0000])
+    """
+    rows = []
+    for weight in weights:
+        norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
+        rows.append(torch.cat([norm.reshape(1), fixed_entries(weight).double()]))
+    return torch.cat([row.to(rows[0].device) for row in rows]).float()
+
+
+def fixed_entries(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " numbers"]:
+    """The first, the middle and the last entry of a weight: reading them costs nothing.
+
+    Example:
+        >>> fixed_entries(torch.arange(6.0).reshape(2, 3))
+        tensor([0., 2., 5.])
+    """
+    places = torch.linspace(0, weight.numel() - 1, FINGERPRINT_NUMBERS - 1, dtype=torch.float64).long()
+    places = places.to(weight.device)
+    return weight.detach()[places // weight.shape[1], places % weight.shape[1]]

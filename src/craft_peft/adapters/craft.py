@@ -8,6 +8,14 @@ r"""CRAFT: train one small square matrix a mode of the Tucker decomposition of a
 :math:`J_1, J_2, J_3` (of ranks r1, r2, r3) are trained and shared by all layers; they start at the identity, where
 :math:`K_l = 0` exactly. A stack trains :math:`r_1^2 + r_2^2 + r_3^2` numbers, whatever its width and depth.
 
+That is the first rung of a ladder, from most tied to least (`Tying`), on bases from several sources (`Basis`):
+
+- ``"shared"``, the paper: as above.
+- ``"diagonal"``: :math:`K_l = A_l J_2 C_l(J_1) J_3^\top B_l - C_l(I)` with trained diagonal matrices
+  :math:`A_l, B_l` of each layer, the identity at the start: :math:`L (r_2 + r_3)` numbers more.
+- ``"free"``: a trained :math:`K_l` of each layer, 0 at the start: :math:`L r_2 r_3` numbers. That is LoRA-XS
+  (arXiv 2405.17604) with bases that the layers share.
+
 Reference:
     CRAFT: Cross-layer Rank Adaptation via Frozen Tucker, arXiv 2602.17510: the residual form of the adapted weight,
     ``W - T(I)`` fixed and ``T(J)`` trained, written so that the pretrained weight is never touched.
@@ -16,23 +24,36 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import CraftError
-from ..tucker import Decomposition, Tucker, hosvd
-from .base import FactoredStackAdapter, StackShape, stack_weights
+from ..tucker import Decomposition, Tucker, hosvd, project
+from .base import (
+    FINGERPRINT_NUMBERS,
+    FactoredStackAdapter,
+    ReadWeights,
+    StackAdapter,
+    StackShape,
+    stack_weights,
+    weights_fingerprint,
+)
 
 TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
 """The trained matrices, in the order of the modes (0: layers, 1: out, 2: in)."""
 
-FROZEN = ("core", "layer_factor", "out_factor", "in_factor", "fingerprint")
-"""The frozen tensors: the decomposition, and what tells it apart from another."""
+FACTORS = ("layer_factor", "out_factor", "in_factor")
+"""The frozen bases, in the order of the modes; their products with the weights are the core."""
 
-_SAMPLES = 3  # entries of each layer's weight that go into the fingerprint
+Tying = Literal["shared", "diagonal", "free"]
+"""What the layers share: the transforms; these, with a diagonal of each layer's own on both sides; the bases alone."""
+
+Basis = Literal["weights", "random", "activations", "gradients"]
+"""What the bases are taken from: the pretrained weights (the paper), nothing, weights times the size of each input
+channel, or gradients. The core always is the weights' projection on them."""
 
 
 class CraftAdapter(FactoredStackAdapter):
@@ -43,11 +64,17 @@ class CraftAdapter(FactoredStackAdapter):
 
     .. math:: K_l = D_l + E_2 S_l + (S_l + E_2 S_l) E_3^\top, \quad D_l = C_l(E_1), \quad S_l = C_l(I) + D_l .
 
+    The diagonals of ``tying="diagonal"`` continue the chain in the same way.
+
     Args:
         shape: the sizes of the stack.
         ranks: (layer, out, in) ranks, each from 1 to the size of its mode.
         decomposition: how core and factors are found, see `craft_peft.tucker.hosvd`.
-        trained_modes: the modes (0, 1, 2) whose transform is trained; the others stay at the identity.
+        trained_modes: the modes (0, 1, 2) whose transform is trained; the others stay at the identity. With
+            ``tying="free"`` there are no transforms.
+        tying: what the layers share.
+        basis: what the bases are taken from. For "activations" and "gradients" somebody has to call `set_bases`.
+        basis_seed: for ``basis="random"``.
         init_weights: False starts from random transforms instead of the identity (for tests).
         save_factors: whether core and factors are part of the state dict. If not, they have to be computed again from
             the same weights, and loading refuses weights with another fingerprint.
@@ -55,12 +82,13 @@ class CraftAdapter(FactoredStackAdapter):
         dropout: dropout on the input of the added part.
 
     Raises:
-        CraftError: in `initialise`, for weights with NaN or infinity; in `load_state_dict`, for a state without
-            factors that was trained on other weights.
+        CraftError: at the first use, if bases from activations or gradients were never set; in `initialise`, for
+            weights with NaN or infinity; in `load_state_dict`, for a state without factors that was trained on other
+            weights.
 
     Example:
-        >>> adapter = CraftAdapter(StackShape(layers=6, d_out=16, d_in=12), ranks=(6, 4, 4))
-        >>> adapter.initialise([torch.randn(16, 12) for _ in range(6)])
+        >>> adapter = CraftAdapter(StackShape.uniform(layers=6, d_out=16, d_in=12), ranks=(6, 4, 4))
+        >>> adapter.initialise(lambda: [torch.randn(16, 12) for _ in range(6)])
         >>> sum(parameter.numel() for parameter in adapter.parameters())
         68
         >>> bool((adapter.delta_weight(3) == 0).all())
@@ -73,6 +101,9 @@ class CraftAdapter(FactoredStackAdapter):
     layer_transform: nn.Parameter | None
     out_transform: nn.Parameter | None
     in_transform: nn.Parameter | None
+    out_diagonals: nn.Parameter | None
+    in_diagonals: nn.Parameter | None
+    middles: nn.Parameter | None
 
     def __init__(
         self,
@@ -81,6 +112,9 @@ class CraftAdapter(FactoredStackAdapter):
         *,
         decomposition: Decomposition = "hosvd",
         trained_modes: Collection[int] = (0, 1, 2),
+        tying: Tying = "shared",
+        basis: Basis = "weights",
+        basis_seed: int = 0,
         init_weights: bool = True,
         save_factors: bool = True,
         scaling: float = 1.0,
@@ -89,28 +123,86 @@ class CraftAdapter(FactoredStackAdapter):
         super().__init__(shape, scaling=scaling, dropout=dropout)
         self.ranks = ranks
         self.decomposition = decomposition
+        self.tying = tying
+        self.basis = basis
+        self.basis_seed = basis_seed
         self.save_factors = save_factors
-        layer_rank, out_rank, in_rank = ranks
         self.register_buffer("core", torch.zeros(ranks), persistent=save_factors)
-        self.register_buffer("layer_factor", torch.zeros(shape.layers, layer_rank), persistent=save_factors)
-        self.register_buffer("out_factor", torch.zeros(shape.d_out, out_rank), persistent=save_factors)
-        self.register_buffer("in_factor", torch.zeros(shape.d_in, in_rank), persistent=save_factors)
-        self.register_buffer("fingerprint", torch.zeros(shape.layers * (_SAMPLES + 1) + sum(ranks)))
-        for mode, (name, rank) in enumerate(zip(TRANSFORMS, ranks, strict=True)):
-            start = torch.zeros(rank, rank) if init_weights else torch.randn(rank, rank) / (2 * rank**0.5)
-            self.register_parameter(name, nn.Parameter(start) if mode in trained_modes else None)
+        for name, size, rank in zip(FACTORS, (shape.layers, *shape.matrix), ranks, strict=True):
+            self.register_buffer(name, torch.zeros(size, rank), persistent=save_factors)
+        self.register_buffer("fingerprint", torch.zeros(shape.layers * FINGERPRINT_NUMBERS + sum(ranks)))
+        for name, sizes in _trained_sizes(shape, ranks, trained_modes, tying).items():
+            if sizes is None:
+                self.register_parameter(name, None)
+            else:
+                start = torch.zeros(sizes) if init_weights else torch.randn(sizes) / (2 * sizes[-1] ** 0.5)
+                self.register_parameter(name, nn.Parameter(start))
 
-    def initialise(self, weights: Sequence[Tensor]) -> None:
+    def initialise(self, read_weights: ReadWeights) -> None:
         """Decompose the stack and fill core, factors and fingerprint. Costs what `craft_peft.tucker.hosvd` costs."""
-        tucker = hosvd(stack_weights(weights), self.ranks, self.decomposition)
+        if self.directions_from is not None:
+            self._deferred = self._miss_bases
+            return
+        weights = read_weights()
+        if self.basis == "random":
+            generator = torch.Generator().manual_seed(self.basis_seed)
+            sizes = (self.shape.layers, *self.shape.matrix)
+            gaussian = (torch.randn(n, r, generator=generator) for n, r in zip(sizes, self.ranks, strict=True))
+            factors = tuple(torch.linalg.qr(matrix)[0].to(weights[0].device) for matrix in gaussian)
+            self._set(weights, project(stack_weights(weights), factors))
+        else:
+            self._set(weights, hosvd(stack_weights(weights), self.ranks, self.decomposition))
+
+    @property
+    def directions_from(self) -> str | None:
+        """The `basis`, if it is one that is computed from batches."""
+        return self.basis if self.basis in ("activations", "gradients") else None
+
+    def set_bases(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+        """Take the bases from the decomposition of other matrices than the weights, and the core from the weights."""
+        factors = hosvd(stack_weights(directions), self.ranks, self.decomposition).factors
+        self._deferred = None
+        self._set(weights, project(stack_weights(weights), factors))
+
+    def _set(self, weights: Sequence[Tensor], tucker: Tucker) -> None:
         fingerprint = torch.cat([weights_fingerprint(weights), _basis_fingerprint(tucker)])
-        for name, tensor in zip(FROZEN, (tucker.core, *tucker.factors, fingerprint), strict=True):
+        frozen = zip(("core", *FACTORS, "fingerprint"), (tucker.core, *tucker.factors, fingerprint), strict=True)
+        for name, tensor in frozen:
             # A new tensor, not a copy into the old one: that may be on the meta device after an empty start.
             setattr(self, name, tensor.to(getattr(self, name).dtype))
+
+    def _miss_bases(self) -> None:
+        raise CraftError(
+            f"The adapter has basis='{self.basis}', and its bases were not computed yet. Call "
+            "`craft_peft.fit_bases(model, batches)` with a few batches before you use or train it."
+        )
+
+    def become_weighted_sum(self, adapters: Sequence[StackAdapter], weights: Sequence[float | int]) -> None:
+        """The sum of the middle matrices, for ``tying="free"`` and adapters with the very same bases."""
+        summands = [cast(CraftAdapter, adapter) for adapter in adapters]
+        first = summands[0]
+        for adapter in summands:
+            adapter.make_ready()
+            if any(not _equal(getattr(first, name), getattr(adapter, name)) for name in ("out_factor", "in_factor")):
+                raise CraftError(
+                    "The adapters have different bases (other ranks, another decomposition or other base weights), and "
+                    "so have no sum among adapters on one basis. Keep them apart and make them active together "
+                    "(`base_model.set_adapter([...])`), or export each to LoRA and add those."
+                )
+        self._deferred = None
+        for name in ("core", *FACTORS, "fingerprint"):
+            setattr(self, name, getattr(first, name).clone())
+        assert self.middles is not None, "the config of a sum has tying='free'"
+        with torch.no_grad():
+            for layer in range(self.shape.layers):
+                parts = (w * a._scaled_middle(layer) for w, a in zip(weights, summands, strict=True))
+                self.middles[layer] = sum(parts) / self.scaling
 
     def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
         r""":math:`K_l`, in the expanded form. Cost ``r1 r2 r3 + r2 r3 (r2 + r3)``, nothing beside a batch."""
         self.make_ready()
+        if self.middles is not None:
+            return self.middles[layer]
         start = torch.tensordot(self.layer_factor[layer], self.core, dims=1)
         moved = None
         if self.layer_transform is not None:
@@ -123,6 +215,11 @@ class CraftAdapter(FactoredStackAdapter):
         if self.in_transform is not None:
             turned = start @ self.in_transform.T
             moved = turned if moved is None else moved + turned
+            start = start + turned
+        if self.out_diagonals is not None and self.in_diagonals is not None:
+            turned = self.out_diagonals[layer, :, None] * start
+            moved = turned if moved is None else moved + turned
+            moved = moved + (start + turned) * self.in_diagonals[layer]
         return torch.zeros_like(start) if moved is None else moved
 
     def transforms(self) -> dict[str, Float[Tensor, "rank rank"]]:
@@ -139,19 +236,24 @@ class CraftAdapter(FactoredStackAdapter):
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._check_shapes(state_dict, prefix)
         fingerprint = state_dict.get(prefix + "fingerprint")
-        if f"{prefix}core" in state_dict:
-            self._deferred = None  # core and factors come with the state: nothing is left to compute
-        elif fingerprint is not None:
+        if fingerprint is not None and f"{prefix}core" not in state_dict:
+            self._check_shapes(state_dict, prefix)
             self.make_ready()
             self._check_same_bases(fingerprint)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _meet_fingerprint(self, saved: Tensor) -> None:
+        if self.save_factors:
+            super()._meet_fingerprint(saved)
+        else:
+            self.make_ready()
+            self._check_same_bases(saved)
+
     def _check_same_bases(self, saved: Tensor) -> None:
         """Refuse a state whose transforms were trained in other bases than those computed from the present weights."""
         own = self.fingerprint
-        weights, basis = self.shape.layers * (_SAMPLES + 1), sum(self.ranks)
+        weights, basis = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks)
         saved = saved.to(own)
         same_weights = torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0)
         if not same_weights or not torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3):
@@ -163,20 +265,23 @@ class CraftAdapter(FactoredStackAdapter):
             )
 
 
-def weights_fingerprint(weights: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
-    """Norm and three fixed entries of each layer's weight: tells base models apart in one pass over the weights.
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second.to(first))
 
-    Example:
-        >>> weights_fingerprint([torch.eye(2)])
-        tensor([1.4142, 1.0000, 0.0000, 1.0000])
-    """
-    rows = []
-    for weight in weights:
-        flat = weight.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-        norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
-        rows.append(torch.cat([norm.reshape(1), flat[places.to(flat.device)].double()]))
-    return torch.cat([row.to(rows[0].device) for row in rows]).float()
+
+def _trained_sizes(
+    shape: StackShape, ranks: tuple[int, int, int], trained_modes: Collection[int], tying: Tying
+) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of the trained tensors by name, None for those that this adapter does not have."""
+    layers, (_, out_rank, in_rank) = shape.layers, ranks
+    sizes: dict[str, tuple[int, ...] | None] = {
+        name: (rank, rank) if mode in trained_modes and tying != "free" else None
+        for mode, (name, rank) in enumerate(zip(TRANSFORMS, ranks, strict=True))
+    }
+    sizes["out_diagonals"] = (layers, out_rank) if tying == "diagonal" else None
+    sizes["in_diagonals"] = (layers, in_rank) if tying == "diagonal" else None
+    sizes["middles"] = (layers, out_rank, in_rank) if tying == "free" else None
+    return sizes
 
 
 def _basis_fingerprint(tucker: Tucker) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -26,3 +28,19 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 12,100,100 or 8") from None
+
+
+def named_value(text: str) -> tuple[str, Any]:
+    """A name and a value: numbers, lists, true and false as in JSON, all else as a string.
+
+    Example:
+        >>> named_value("tying=free"), named_value("trained_modes=[1, 2]")
+        (('tying', 'free'), ('trained_modes', [1, 2]))
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE, such as tying=free")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..glue.methods import METHODS, Recipe
+from ..glue.methods import METHODS
+from ..glue.recipes import Recipe
 from ..glue.tasks import TASKS
-from .arguments import whole_numbers, words
+from .arguments import named_value, whole_numbers, words
 
 EXAMPLE = """\
 examples:
@@ -18,8 +19,18 @@ examples:
     craft-peft train --data reviews.csv --text-columns review --label-column stars \\
       --model roberta-base --method lora --ranks 4 --epochs 5 --output runs/reviews
 
+  The same with VeRA, at the setting that comes closest to 40,000 adapter parameters from below:
+    craft-peft train --data reviews.csv --text-columns review --label-column stars \\
+      --model roberta-base --method vera --budget 40000 --output runs/reviews-vera
+
   After an interruption, the same command with --resume.
+
+methods, and what --ranks sets:
 """
+EXAMPLE += "\n".join(
+    f"  {name:<10} {method.summary}" + (f" ({','.join(method.setting.names)})" if method.config else "")
+    for name, method in METHODS.items()
+)
 
 RECIPE_HELP = {
     "learning_rate": "peak rate of the adapter",
@@ -45,11 +56,34 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the run")
     parser.add_argument("--model", required=True, metavar="NAME_OR_FOLDER", help="base model: Hub name or folder")
-    methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
-    parser.add_argument("--method", default="craft", metavar="NAME", help=f"{methods} (default: craft)")
+    parser.add_argument(
+        "--method", default="craft", metavar="NAME", help="how to adapt it, see the list below (default: craft)"
+    )
     _add_data(parser)
-    parser.add_argument("--ranks", type=whole_numbers, metavar="R[,R,R]", help="the method's ranks, as 12,100,100 or 8")
-    parser.add_argument("--target-modules", type=words, metavar="NAME[,NAME]", help="modules to adapt")
+    parser.add_argument(
+        "--ranks", type=whole_numbers, metavar="R[,R,R]", help="the method's setting, as 12,100,100 or 8 (see below)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=int,
+        metavar="N",
+        help="train at most N adapter parameters: chooses the ranks that come closest to it",
+    )
+    parser.add_argument(
+        "--option",
+        dest="method_options",
+        action="append",
+        default=[],
+        type=named_value,
+        metavar="NAME=VALUE",
+        help="a further field of the method's PEFT config, as tying=free; may be repeated",
+    )
+    parser.add_argument(
+        "--target-modules",
+        type=words,
+        metavar="NAME[,NAME]",
+        help="modules to adapt (default: query and value, as the model calls them)",
+    )
     recipe = parser.add_argument_group("recipe (defaults: the method's)")
     types = {entry: type(getattr(Recipe(epochs=1), entry)) for entry in RECIPE_HELP}
     for name, text in RECIPE_HELP.items():
@@ -77,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..glue.training import TrainingConfig, train
 
     fields = {name: value for name, value in vars(arguments).items() if name not in ("run", "interrupted")}
+    fields["method_options"] = dict(arguments.method_options)
     result = train(TrainingConfig(**fields), console=Console(file=sys.stderr))
     print_result(Console(), result)
     return 0

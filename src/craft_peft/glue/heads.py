@@ -78,7 +78,7 @@ def start_head(
     Args:
         model: A model that was just given its head; the rest of it is only read.
         task: What it will predict.
-        rows: Encoded training rows; the first `EXAMPLES` in an order that the seed decides are used.
+        rows: Encoded training rows; a `sample` of them is used.
         collator: Makes batches of them.
         start: A key of `HEAD_STARTS`.
         seed: Decides which rows are looked at.
@@ -98,10 +98,15 @@ def start_head(
             f"{type(model).__name__} has no linear layer with {task.outputs} outputs to start with `{start}`. "
             "Use the head start `random`."
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:EXAMPLES]
-    chosen = rows.select(order.tolist())
+    chosen = sample(rows, seed)
     labels = torch.tensor(list(chosen["labels"]), dtype=torch.float32 if task.is_regression else torch.int64)
     set_output(outputs[-1], lambda: _output_inputs(model, outputs[-1], chosen, collator), labels, task)
+
+
+def sample(rows: datasets.Dataset, seed: int) -> datasets.Dataset:
+    """`EXAMPLES` of the rows, or all if there are fewer, which and in what order the seed decides."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:EXAMPLES]
+    return rows.select(order.tolist())
 
 
 @torch.no_grad()

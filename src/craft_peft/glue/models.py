@@ -122,12 +122,28 @@ def adapt(model: PreTrainedModel, config: PeftConfig | None, trains_base: bool) 
     # PEFT knows heads by two names only; a model with more of a head (DistilBERT's `pre_classifier`) would keep its
     # new layers random and unsaved.
     config.modules_to_save = [name for name in head_modules(model) if name not in PEFT_HEADS] or None
+    return add_adapter(model, config)
+
+
+def add_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """PEFT's `get_peft_model`, quietly, with errors that say what does not fit.
+
+    Args:
+        model: A model with the target modules that the config names.
+        config: The adapter's config.
+
+    Returns:
+        The model with its adapter.
+
+    Raises:
+        CraftError: The config does not fit the model.
+    """
     try:
         with quiet_transformers():
             return get_peft_model(model, config)
     except CraftError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         targets = config.target_modules
         shown = sorted(targets) if isinstance(targets, set) else targets
         raise CraftError(
@@ -238,6 +254,8 @@ def quiet_transformers() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # PEFT sets it right itself.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
             yield
     finally:
         hf_logging.set_verbosity(verbosity)

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from ..errors import CraftError
-from .methods import Recipe
 from .metrics import compute_metrics, mean_score
 from .models import is_head_parameter
+from .recipes import Recipe
 from .results import EpochRecord
 from .tasks import Task
 

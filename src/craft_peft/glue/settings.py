@@ -9,7 +9,9 @@ from typing import Any
 
 from ..errors import CraftError
 from .data import TextData, read_glue, read_own
-from .methods import Recipe, find_method
+from .method_row import MethodOptions
+from .methods import find_method
+from .recipes import Recipe
 from .tasks import find_task
 
 
@@ -28,7 +30,8 @@ class TrainingConfig:
         label_column: For a table of your own: the column of labels or scores.
         kind: For a table of your own: "classification", "regression" or "auto" (by the labels).
         ranks: The method's ranks; None for its default.
-        target_modules: Names of the modules to adapt; None for PEFT's default for the model type.
+        budget: The most adapter parameters to train: chooses the ranks that come closest to it from below.
+        target_modules: Names of the modules to adapt; None for query and value, as the model calls them.
         method_options: Further fields of the method's PEFT config.
         learning_rate: Peak rate of the adapter.
         head_learning_rate: Peak rate of the head.
@@ -64,6 +67,7 @@ class TrainingConfig:
     label_column: str = "label"
     kind: str = "auto"
     ranks: tuple[int, ...] | None = None
+    budget: int | None = None
     target_modules: tuple[str, ...] | None = None
     method_options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None
@@ -82,6 +86,14 @@ class TrainingConfig:
     precision: str = "auto"
     resume: bool = False
     overwrite: bool = False
+
+    def options(self) -> MethodOptions:
+        """What the config says about its method.
+
+        Raises:
+            CraftError: Ranks and a budget.
+        """
+        return MethodOptions(self.ranks, self.target_modules, dict(self.method_options), self.budget)
 
     def resolve_recipe(self, task_epochs: int) -> Recipe:
         """The method's recipe with this config's numbers in it.

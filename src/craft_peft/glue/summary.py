@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from .data import TextData
-from .methods import METHODS, Recipe
+from .methods import METHODS
+from .recipes import Recipe
 from .results import Parameters, Result
 
 
@@ -44,8 +45,10 @@ def print_summary(
     sizes = [f"{len(data.train):,} train", *(f"{len(rows):,} {name}" for name, rows in data.dev.items())]
     sizes += [] if held_out is None else [f"{len(held_out):,} held out of train"]
     share = 100 * parameters.trainable / parameters.total
+    method = METHODS[settings["method"]]
     rows = {
-        "method": METHODS[settings["method"]].summary,
+        "method": method.summary,
+        **({"setting": method.setting.describe(settings["ranks"])} if isinstance(model, PeftModel) else {}),
         "adapted modules": describe_targets(model),
         "trained": f"{parameters.adapter:,} adapter + {parameters.head:,} head = {parameters.trainable:,} of "
         f"{parameters.total:,} ({share:.2f} %)",

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -24,11 +25,14 @@ from transformers import (
 )
 
 from ..errors import CraftError
+from ..plugin.bases import fit_bases, wants_batches
 from . import machine, results
+from .budgets import Choice, choose_setting
 from .data import TextData, hold_out
 from .encoding import check_length, encode
-from .heads import start_head
-from .methods import METHODS, MethodOptions, Recipe, find_method, make_peft_config
+from .heads import sample, start_head
+from .method_row import Ranks
+from .methods import METHODS, find_method, make_peft_config
 from .models import (
     adapt,
     choose_precision,
@@ -38,11 +42,13 @@ from .models import (
     resolve_model_name,
 )
 from .optimization import HELD_OUT, RunTrainer, Watch, measure, read_curve, trainer_arguments
+from .recipes import Recipe
 from .results import Parameters, Result
 from .runs import RESULT, RunFolder
 from .settings import TrainingConfig as TrainingConfig
 from .settings import read_data
 from .summary import print_summary
+from .targets import empty_model, find_model_targets
 
 
 def train(
@@ -74,6 +80,8 @@ def train(
     with console.status("reading data and model ..."):
         run = _prepare(config, data)
     checkpoint = folder.claim(run.settings, run.data.task.fields(), config.resume)
+    if run.choice is not None:
+        console.print(f"Chosen: {run.choice}", soft_wrap=True)
     print_summary(console, run.data, run.model, run.recipe, run.parameters, run.settings, run.held_out, run.steps)
     if checkpoint is not None:
         console.print(f"Resuming from {checkpoint.name}.")
@@ -91,6 +99,7 @@ class _Run:
     """Everything that is ready before the first step."""
 
     config: TrainingConfig
+    choice: Choice | None
     data: TextData
     held_out: datasets.Dataset | None
     model: nn.Module
@@ -112,9 +121,10 @@ class _Run:
 
 def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
     method = find_method(config.method)
-    options = MethodOptions(config.ranks, config.target_modules, dict(config.method_options))
-    peft_config = make_peft_config(config.method, options)
     model_name = resolve_model_name(config.model)
+    peft_config, ranks, choice = _choose_adapter(config)
+    # The budget stays in the settings, to say where the ranks come from; they are decided now.
+    config = dataclasses.replace(config, ranks=ranks)
     in_memory = data is not None
     data = read_data(config) if data is None else data
     if data.train is None:
@@ -127,12 +137,16 @@ def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
     check_length(recipe.max_length, base, config.model)
     code = partial(encode, tokenizer=tokenizer, max_length=recipe.max_length)
     train_set, dev_sets = code(rest), {name: code(rows) for name, rows in data.dev.items()}
-    start_head(base, data.task, train_set, DataCollatorWithPadding(tokenizer), recipe.head_start, config.seed)
+    collator = DataCollatorWithPadding(tokenizer)
+    start_head(base, data.task, train_set, collator, recipe.head_start, config.seed)
     total = sum(parameter.numel() for parameter in base.parameters())
     precision = choose_precision(config.precision, getattr(base.config, "hidden_size", 0))
     model = adapt(base, peft_config, method.trains_base)
+    if wants_batches(model):
+        fit_bases(model, DataLoader(sample(train_set, config.seed), batch_size=32, collate_fn=collator))
     return _Run(
         config=config,
+        choice=choice,
         data=dataclasses.replace(data, train=rest),
         held_out=held_out,
         model=model,
@@ -143,6 +157,20 @@ def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
         train_set=train_set,
         dev_sets=dev_sets if held_out is None else {**dev_sets, HELD_OUT: code(held_out)},
     )
+
+
+def _choose_adapter(config: TrainingConfig) -> tuple[PeftConfig | None, Ranks | None, Choice | None]:
+    """The adapter's config, the ranks in it, and how a budget chose them: found without weights, and so early."""
+    options = config.options()
+    if make_peft_config(config.method, options) is None:
+        return None, None, None
+    targets = find_model_targets(empty_model(config.model), options.target_modules)
+    choice = choose_setting(config.method, options, targets) if options.budget is not None else None
+    ranks = find_method(config.method).setting.on(targets, choice.ranks if choice else options.ranks)
+    peft_config = make_peft_config(config.method, dataclasses.replace(options, ranks=ranks, budget=None))
+    assert peft_config is not None
+    peft_config.target_modules = targets.names
+    return peft_config, ranks, choice
 
 
 def _count(model: nn.Module, base_total: int) -> Parameters:

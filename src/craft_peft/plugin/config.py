@@ -1,19 +1,21 @@
-"""What a user asks for: one config class a method, all with PEFT's usual fields."""
+"""What a user asks for: the fields that every method has, and those of CRAFT. One config class a method."""
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import get_args
+from typing import Any, get_args
 
 from peft import PeftConfig, PeftType
 
 from ..adapters.base import StackAdapter, StackShape
-from ..adapters.craft import CraftAdapter
+from ..adapters.craft import Basis, CraftAdapter, Tying
 from ..errors import CraftError
 from ..tucker import Decomposition
+from .stacks import Together
 
 PAPER_RANKS = (24, 100, 100)
 """(layer, out, in) ranks of the CRAFT paper, on 24 layers."""
@@ -47,6 +49,13 @@ class StackConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved with the adapter, such as a new head."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained and saved too, such as those just added: their indices, or a "
+            "dict from the name of an embedding to indices."
+        },
+    )
     bias: str = field(
         default="none",
         metadata={"help": "Which biases to train: 'none', 'all', or those of the adapted modules ('<method>_only')."},
@@ -56,6 +65,17 @@ class StackConfig(PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={"help": "True starts exactly at the base model. False starts away from it, for tests of plumbing."},
+    )
+    rank_pattern: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Other ranks for some target modules: from a name, name ending or regular expression to ranks. "
+            "Only modules with the same ranks form a stack."
+        },
+    )
+    base_quantization: str | None = field(
+        default=None,
+        metadata={"help": "How the base model was quantised when the adapter was made. Leave empty to fill in."},
     )
     craft_peft_version: str | None = field(
         default=None, metadata={"help": "The version of craft-peft that wrote this config. Leave empty to fill in."}
@@ -88,18 +108,49 @@ class StackConfig(PeftConfig):
         if not 0 <= self.dropout < 1:
             raise CraftError(f"dropout={self.dropout} is outside [0, 1).")
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a file holds them, so that a config equals what was read back: JSON has lists, no tuples."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
+
+    @property
+    def together(self) -> Together:
+        """Which target modules form one stack."""
+        return "projection"
+
+    def matching_pattern(self, key: str) -> str | None:
+        """The first pattern of `rank_pattern` that the path of a module matches."""
+        matches = (pattern for pattern in self.rank_pattern if re.match(rf"(.*\.)?({pattern})$", key))
+        return next(matches, None)
+
+    def ranks_of(self, key: str) -> Any:
+        """What `rank_pattern` says of the module of that path, or None."""
+        pattern = self.matching_pattern(key)
+        return None if pattern is None else self.rank_pattern[pattern]
+
     @abstractmethod
-    def build_adapter(self, name: str, shape: StackShape) -> StackAdapter:
+    def build_adapter(self, name: str, shape: StackShape, ranks: Any = None) -> StackAdapter:
         """The adapter of one stack, before `initialise`.
 
         Args:
             name: the name of the stack, for messages.
             shape: its sizes.
+            ranks: what it has instead of the config's ranks, by `rank_pattern`.
         """
 
-    def explain_defaults(self, name: str, shape: StackShape) -> list[str]:
+    def explain_defaults(self, name: str, shape: StackShape, ranks: Any = None) -> list[str]:
         """What a default became for one stack, in sentences, where a user may not expect it."""
         return []
+
+    def weighted_sum(self) -> StackConfig:
+        """The config of an adapter that can be a weighted sum of adapters with this config.
+
+        Raises:
+            CraftError: the method has none.
+        """
+        raise CraftError(
+            f"A sum of {self.peft_type.value} adapters is not an adapter of that form. Keep them apart and make them "
+            "active together (`base_model.set_adapter([...])`), or export each to LoRA and add those."
+        )
 
     @property
     def saves_what_it_derived(self) -> bool:
@@ -112,7 +163,8 @@ class CraftConfig(StackConfig):
     """CRAFT (arXiv 2602.17510): frozen Tucker factors of the pretrained weights, one trained square matrix a mode.
 
     The adapter of n stacks has ``n * (r1^2 + r2^2 + r3^2)`` trained numbers, whatever the width and depth of the
-    model. The fields are documented in their ``help`` metadata.
+    model; with ``tying="diagonal"`` ``L * (r2 + r3)`` more a stack of L layers, with ``"free"`` ``L * r2 * r3`` in all.
+    The fields are documented in their ``help`` metadata.
 
     Raises:
         CraftError: a field outside its range; when the model is wrapped, also a rank above the size of its mode.
@@ -120,7 +172,7 @@ class CraftConfig(StackConfig):
     Example:
         >>> CraftConfig(task_type="SEQ_CLS", target_modules=["query", "value"]).ranks
         'paper'
-        >>> CraftConfig(ranks=(12, 100, 100)).resolve_ranks("query", StackShape(12, 768, 768))
+        >>> CraftConfig(ranks=(12, 100, 100)).resolve_ranks("query", StackShape.uniform(12, 768, 768))
         (12, 100, 100)
     """
 
@@ -142,6 +194,21 @@ class CraftConfig(StackConfig):
             "the weights' energy)."
         },
     )
+    tying: Tying = field(
+        default="shared",
+        metadata={
+            "help": "What the layers share: 'shared' (the paper), the transforms; 'diagonal', these, with a trained "
+            "diagonal of each layer's own on both sides; 'free', only the bases: a trained (r2, r3) matrix a layer."
+        },
+    )
+    basis: Basis = field(
+        default="weights",
+        metadata={
+            "help": "What the bases are taken from: 'weights' (the paper), 'random', or 'activations' or 'gradients' "
+            "of a few batches, for which `craft_peft.fit_bases(model, batches)` has to be called before training."
+        },
+    )
+    basis_seed: int = field(default=0, metadata={"help": "The seed of basis='random'."})
     save_factors: bool = field(
         default=True,
         metadata={
@@ -152,52 +219,56 @@ class CraftConfig(StackConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType["CRAFT"]  # registered on import of the package
-        if isinstance(self.ranks, list):  # as JSON has them
-            self.ranks = tuple(self.ranks)
+        self.ranks = _as_tuple(self.ranks)
+        self.rank_pattern = {pattern: _as_tuple(ranks) for pattern, ranks in self.rank_pattern.items()}
         self.trained_modes = tuple(self.trained_modes)
         super().__post_init__()
 
     def _check_fields(self) -> None:
         super()._check_fields()
-        if self.ranks != "paper":
-            if not isinstance(self.ranks, tuple) or len(self.ranks) != 3:
-                raise CraftError(
-                    f"ranks={self.ranks!r} has to be 'paper' or three whole numbers (layer, out, in), such as "
-                    "(12, 100, 100)."
-                )
-            for mode, rank in enumerate(self.ranks):
-                if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                    raise CraftError(
-                        f"ranks[{mode}]={rank!r}, the {MODES[mode]} rank, has to be a whole number of at least 1."
-                    )
+        _check_ranks("ranks", self.ranks)
+        for pattern, ranks in self.rank_pattern.items():
+            _check_ranks(f"rank_pattern[{pattern!r}]", ranks)
         if not self.trained_modes or not set(self.trained_modes) <= {0, 1, 2}:
             raise CraftError(
                 f"trained_modes={self.trained_modes!r} has to name at least one of the modes 0 (layers), 1 (out) and "
                 "2 (in)."
             )
-        if self.decomposition not in get_args(Decomposition):
+        for name, allowed in (("decomposition", Decomposition), ("tying", Tying), ("basis", Basis)):
+            if getattr(self, name) not in get_args(allowed):
+                raise CraftError(
+                    f"{name}={getattr(self, name)!r} is unknown. Use one of {', '.join(get_args(allowed))}."
+                )
+        if self.tying == "free" and self.trained_modes != (0, 1, 2):
             raise CraftError(
-                f"decomposition={self.decomposition!r} is unknown. Use one of {', '.join(get_args(Decomposition))}."
+                f"trained_modes={self.trained_modes} has no meaning with tying='free', which has no transforms. Leave "
+                "it out, or use another tying."
+            )
+        if self.basis in ("activations", "gradients") and not self.save_factors:
+            raise CraftError(
+                f"basis={self.basis!r} needs save_factors=True: bases from batches cannot be computed again on load."
             )
 
-    def resolve_ranks(self, name: str, shape: StackShape) -> tuple[int, int, int]:
+    def resolve_ranks(self, name: str, shape: StackShape, ranks: Any = None) -> tuple[int, int, int]:
         """The ranks for one stack.
 
         Args:
             name: the name of the stack, for messages.
             shape: its sizes.
+            ranks: what it has instead of the config's ranks.
 
         Raises:
             CraftError: a rank above the size of its mode, with the ranks to use instead.
         """
         sizes = (shape.layers, shape.d_out, shape.d_in)
-        wanted = PAPER_RANKS if isinstance(self.ranks, str) else self.ranks
+        ranks = self.ranks if ranks is None else ranks
+        wanted = PAPER_RANKS if isinstance(ranks, str) else ranks
         largest = (min(wanted[0], sizes[0]), min(wanted[1], sizes[1]), min(wanted[2], sizes[2]))
-        if isinstance(self.ranks, str):
+        if isinstance(ranks, str):
             return largest
         what = ("layer directions", "output directions", "input directions")
         have = ("layers", "outputs", "inputs")
-        for mode, (rank, size) in enumerate(zip(self.ranks, sizes, strict=True)):
+        for mode, (rank, size) in enumerate(zip(wanted, sizes, strict=True)):
             if rank > size:
                 raise CraftError(
                     f"`ranks[{mode}]={rank}` keeps more {what[mode]} than stack '{name}' has {have[mode]} ({size}). "
@@ -205,30 +276,73 @@ class CraftConfig(StackConfig):
                 )
         return largest
 
-    def explain_defaults(self, name: str, shape: StackShape) -> list[str]:
+    def explain_defaults(self, name: str, shape: StackShape, ranks: Any = None) -> list[str]:
         """Says so if a stack is too small for the paper's ranks."""
-        ranks = self.resolve_ranks(name, shape)
-        if self.ranks != "paper" or ranks == PAPER_RANKS:
+        found = self.resolve_ranks(name, shape, ranks)
+        if (self.ranks if ranks is None else ranks) != "paper" or found == PAPER_RANKS:
             return []
         return [
-            f"ranks='paper' became {ranks} for stack '{name}': the paper's {PAPER_RANKS}, each at most the size of its "
+            f"ranks='paper' became {found} for stack '{name}': the paper's {PAPER_RANKS}, each at most the size of its "
             f"mode (here {shape.layers} layers, {shape.d_out} outputs, {shape.d_in} inputs)."
         ]
 
-    def build_adapter(self, name: str, shape: StackShape) -> CraftAdapter:
+    def build_adapter(self, name: str, shape: StackShape, ranks: Any = None) -> CraftAdapter:
         """The CRAFT adapter of one stack, before its decomposition."""
         return CraftAdapter(
             shape,
-            self.resolve_ranks(name, shape),
+            self.resolve_ranks(name, shape, ranks),
             decomposition=self.decomposition,
             trained_modes=self.trained_modes,
+            tying=self.tying,
+            basis=self.basis,
+            basis_seed=self.basis_seed,
             init_weights=self.init_weights,
             save_factors=self.save_factors,
             scaling=self.alpha,
             dropout=self.dropout,
         )
 
+    def weighted_sum(self) -> CraftConfig:
+        """A free middle matrix a layer on the same bases: the sum of shared ones is no shared one."""
+        return replace(self, tying="free", trained_modes=(0, 1, 2), alpha=1.0)
+
     @property
     def saves_what_it_derived(self) -> bool:
         """True unless the factors are left out of the file."""
         return self.save_factors
+
+
+def _as_tuple(ranks: Any) -> Any:
+    return tuple(ranks) if isinstance(ranks, list) else ranks  # as JSON has them
+
+
+def _check_ranks(field_name: str, ranks: Any) -> None:
+    if ranks == "paper":
+        return
+    if not isinstance(ranks, tuple) or len(ranks) != 3:
+        raise CraftError(
+            f"{field_name}={ranks!r} has to be 'paper' or three whole numbers (layer, out, in), such as (12, 100, 100)."
+        )
+    for mode, rank in enumerate(ranks):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise CraftError(
+                f"{field_name}[{mode}]={rank!r}, the {MODES[mode]} rank, has to be a whole number of at least 1."
+            )
+
+
+def check_whole_number(field_name: str, value: Any) -> None:
+    """Refuse a field that is not a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CraftError(f"{field_name}={value!r} has to be a whole number of at least 1.")
+
+
+def check_positive(field_name: str, value: float) -> None:
+    """Refuse a field that is not above 0."""
+    if not value > 0:
+        raise CraftError(f"{field_name}={value} has to be above 0.")
+
+
+def check_choice(field_name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a field that is none of its choices."""
+    if value not in choices:
+        raise CraftError(f"{field_name}={value!r} is unknown. Use one of {', '.join(choices)}.")

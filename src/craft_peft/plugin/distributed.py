@@ -50,7 +50,7 @@ def initialise(adapter: StackAdapter, read_weights: ReadWeights) -> None:
             )
         arrive_later = not is_local_dist_rank_0()
     with suppress(CraftError) if arrive_later else nullcontext():  # no numbers, or none that can be decomposed
-        adapter.initialise(read_weights())
+        adapter.initialise(read_weights)
 
 
 def keep_frozen_tensors_out_of_ddp() -> None:

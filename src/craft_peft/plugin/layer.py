@@ -7,13 +7,15 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
 from .distributed import check_engine
-from .stacks import oriented
+from .quantization import adapter_place, read_weight, write_weight
+from .stacks import oriented, weight_shape
 
 
 class StackSlot(nn.Module):
@@ -39,21 +41,51 @@ class StackSlot(nn.Module):
         """What the adapter adds to this layer's output."""
         if self.training and not torch.compiler.is_compiling():
             check_engine(self.adapter)
+        return self._module(self.layer, F.dropout(x, self.adapter.dropout, self.training))
+
+    def adapted_output(self, x: Tensor, base_layer: nn.Linear) -> Tensor:
+        """The layer's output with what the adapter adds, in one step; only if `fuses_with` says so."""
+        if self.training:
+            check_engine(self.adapter)
+        return self._module(self.layer, x, base_layer)
+
+    @property
+    def _module(self) -> nn.Module:
         holder, name = self.adapter.registered_in  # FSDP 1 has put a wrapper there, which has to be called
-        return holder[name](self.layer, F.dropout(x, self.adapter.dropout, self.training))
+        return holder[name]
+
+    def fuses_with(self, x: Tensor, base_layer: nn.Module) -> bool:
+        """Whether base and adapter can be one step: a plain frozen layer that nobody watches, all of one dtype."""
+        if type(base_layer) is not nn.Linear or torch.compiler.is_compiling() or not self.adapter.fuses:
+            return False
+        weight, bias = base_layer.weight, base_layer.bias
+        trains_base = weight.requires_grad or (bias is not None and bias.requires_grad)
+        dtypes = {x.dtype, weight.dtype, next(self.adapter.parameters()).dtype}
+        # accelerate's offloading and DeepSpeed fetch the weights around a call of the layer.
+        fetched = type(weight) is not nn.Parameter or hasattr(base_layer, "_hf_hook") or hasattr(weight, "ds_id")
+        watched = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
+        drops = self.training and self.adapter.dropout > 0
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return len(dtypes) == 1 and not (trains_base or fetched or watched or drops or autocast)
 
 
 class StackedLinear(nn.Module, BaseTunerLayer):
     r"""A linear layer whose adapters belong to stacks: :math:`y = x W_l^\top + b + \sum_a x (\Delta W_l^a)^\top`.
 
     Args:
-        base_layer: the pretrained `torch.nn.Linear` or transformers' `Conv1D`.
+        base_layer: the pretrained `torch.nn.Linear`, transformers' `Conv1D`, or a quantised one.
         prefix: the method's prefix in names of tensors, such as ``craft_``.
+        quantization_backend: PEFT's access to the weight of a quantised layer.
     """
 
-    def __init__(self, base_layer: nn.Module, prefix: str) -> None:
+    cast_input_dtype_enabled = True  # `peft.helpers.disable_input_dtype_casting` sets it; inputs are never cast here
+
+    def __init__(
+        self, base_layer: nn.Module, prefix: str, quantization_backend: QuantizationBackend | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend  # PEFT's name: its statuses show it
         # PEFT finds a method's tensors by its prefix. `slots` has an entry for every adapter of this layer, `owned`
         # for those whose stack this layer is the first of.
         self._slots_name, self._owned_name = f"{prefix}slots", f"{prefix}adapters"
@@ -69,22 +101,26 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         return cast(nn.ModuleDict, getattr(self, self._slots_name))
 
     @property
+    def owned(self) -> nn.ModuleDict:
+        """The adapters whose stack this layer is the first of, by adapter name."""
+        return cast(nn.ModuleDict, getattr(self, self._owned_name))
+
+    @property
     def in_features(self) -> int:
         """As in the base layer; code that looks at a linear layer's sizes finds them."""
-        return self.get_base_layer().in_features
+        return weight_shape(self.get_base_layer())[1]
 
     @property
     def out_features(self) -> int:
         """As in the base layer."""
-        return self.get_base_layer().out_features
+        return weight_shape(self.get_base_layer())[0]
 
     def update_layer(self, adapter_name: str, slot: StackSlot, *, owner: bool) -> None:
         """Add an adapter: its place here, and, for the first layer of the stack, the adapter itself."""
         self.slots[adapter_name] = slot.train(self.training)
         if owner:
-            owned = getattr(self, self._owned_name)
-            owned[adapter_name] = slot.adapter.train(self.training)
-            slot.adapter.registered_in = (owned, adapter_name)
+            self.owned[adapter_name] = slot.adapter.train(self.training)
+            slot.adapter.registered_in = (self.owned, adapter_name)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus what every active adapter adds.
@@ -100,6 +136,10 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is None and not (self.disable_adapters or self.merged or args or kwargs):
+            used = [self.slots[name] for name in self.active_adapters if name in self.slots]
+            if len(used) == 1 and used[0].fuses_with(x, self.base_layer):
+                return used[0].adapted_output(x, self.base_layer)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
@@ -136,6 +176,10 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         slot = cast(StackSlot, self.slots[adapter_name])
         return oriented(self.get_base_layer(), slot.adapter.delta_weight(slot.layer))
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Yes: what is added to the weight is a matrix, which `peft.convert_to_lora` approximates."""
+        return True
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the base weight.
 
@@ -154,7 +198,7 @@ class StackedLinear(nn.Module, BaseTunerLayer):
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was "
                         "merged into this layer."
                     )
-                self.get_base_layer().weight.data = merged
+                write_weight(self, merged)
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -162,17 +206,17 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.slots:
-                self.get_base_layer().weight.data = self._weight_plus(-1, name)
+                write_weight(self, self._weight_plus(-1, name))
 
     def _weight_plus(self, sign: int, adapter_name: str) -> Tensor:
         """The base weight plus or minus a delta: added in the delta's precision, rounded once to the weight's dtype."""
-        weight = self.get_base_layer().weight.data
+        weight = read_weight(self.get_base_layer())
         delta = self.get_delta_weight(adapter_name).detach()
         return (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # As in PEFT, but without its cast to the base layer's dtype: transforms and factors stay in float32.
-        target = device if device is not None else self.get_base_layer().weight.device
+        target = device if device is not None else adapter_place(self.get_base_layer())[0]
         for name in self.adapter_layer_names:
             module = getattr(self, name)
             if adapter_name in module and not any(tensor.is_meta for tensor in module[adapter_name].parameters()):

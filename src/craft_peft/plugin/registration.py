@@ -9,6 +9,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from .config import CraftConfig, StackConfig
+from .lotr_config import LotrConfig
+from .superlora_config import SuperLoraConfig
 from .tuner import StackTuner
 
 OLDEST_PEFT = Version("0.20.0")
@@ -21,7 +23,23 @@ class CraftModel(StackTuner):
     prefix = "craft_"
 
 
-METHODS: dict[str, tuple[type[StackConfig], type[StackTuner]]] = {"craft": (CraftConfig, CraftModel)}
+class LotrModel(StackTuner):
+    """The tuner of `LotrConfig`."""
+
+    prefix = "lotr_"
+
+
+class SuperLoraModel(StackTuner):
+    """The tuner of `SuperLoraConfig`."""
+
+    prefix = "superlora_"
+
+
+METHODS: dict[str, tuple[type[StackConfig], type[StackTuner]]] = {
+    "craft": (CraftConfig, CraftModel),
+    "lotr": (LotrConfig, LotrModel),
+    "superlora": (SuperLoraConfig, SuperLoraModel),
+}
 """Every method that importing this package adds to PEFT."""
 
 
@@ -34,9 +52,20 @@ def register_methods() -> None:
     if Version(version("peft")) < OLDEST_PEFT:
         raise ImportError(f"craft_peft needs peft>={OLDEST_PEFT}, found {version('peft')}: pip install -U peft")
     for name, (config_cls, tuner_cls) in METHODS.items():
-        peft_type = _peft_type(name.upper())
-        if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
+        register_method(name, config_cls, tuner_cls)
+
+
+def register_method(name: str, config_cls: type[StackConfig], tuner_cls: type[StackTuner]) -> None:
+    """Make PEFT know a method: one of ours, or one that is defined elsewhere on the same base.
+
+    Args:
+        name: in lower case; PEFT and saved adapters know it as the upper-case name.
+        config_cls: its config, which sets ``self.peft_type = PeftType[name.upper()]``.
+        tuner_cls: its tuner, a subclass that sets ``prefix = name + "_"``.
+    """
+    peft_type = _peft_type(name.upper())
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
 
 
 def _peft_type(name: str) -> PeftType:

@@ -1,64 +1,79 @@
-"""Which target modules of a model form one stack, in which order, and whether they can be stacked."""
+"""Which target modules of a model form one stack, and in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import cast
+from functools import cache
+from itertools import groupby
+from typing import Any, Literal
 
+import peft
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.base import StackShape
 from ..errors import CraftError
-from .distributed import whole
+from .quantization import adapter_place, backend_of, read_weight
+
+logger = logging.getLogger(__name__)
+
+Together = Literal["projection", "shape", "all"]
+"""Which modules form one stack: those of one projection and shape, all of one shape, or all."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The modules of one projection over the layers.
+    """Modules that share an adapter: most often those of one projection over the layers.
 
     Args:
-        pattern: the modules' common path, with ``*`` for the layer index.
-        keys: their paths in the model, in the order of the layers.
+        keys: their paths in the model, in its order.
         modules: the linear modules themselves.
+        ranks: what `rank_pattern` gives them instead of the config's ranks, or None.
     """
 
-    pattern: str
     keys: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+    ranks: Any = None
+
+    @property
+    def pattern(self) -> str:
+        """The modules' common path, with ``*`` for the layer index."""
+        return " + ".join(dict.fromkeys(path_pattern(key) for key in self.keys))
 
     @property
     def name(self) -> str:
         """The projection, such as ``query``."""
-        return self.pattern.rpartition(".")[2]
+        return " + ".join(dict.fromkeys(key.rpartition(".")[2] for key in self.keys))
 
     @property
     def shape(self) -> StackShape:
-        """Number of layers, and the sizes of their weights as ``(out, in)``."""
-        return StackShape(len(self.modules), *weight_shape(self.modules[0]))
+        """The sizes of the weights as ``(out, in)``."""
+        blocks = tuple(len(list(inside)) for _, inside in groupby(self.keys, layer_path))
+        return StackShape(tuple(weight_shape(module) for module in self.modules), blocks)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a weight is on the meta device, where it has a shape and no numbers."""
+        return any(adapter_place(module)[0].type == "meta" for module in self.modules)
 
     def read_weights(self) -> list[Tensor]:
-        """The pretrained weights as ``(out, in)``, a tensor a layer: views, or copies of what ZeRO-3 has split.
+        """The pretrained weights as ``(out, in)``, a tensor a layer: views of plain weights, copies of others.
 
         Raises:
-            CraftError: a weight on the meta device, quantised, or with NaN or infinity; names the module.
+            CraftError: a weight on the meta device, one whose back end cannot dequantise it, or one with NaN or
+                infinity; names the module.
         """
         weights = []
-        for key, module in zip(self.keys, self.modules, strict=True):
-            weight = oriented(module, whole(cast(Tensor, module.weight)).detach())
-            if weight.is_meta:
-                raise CraftError(
-                    f"The weight of '{key}' is on the meta device, so it holds no numbers to decompose. Load the base "
-                    "model with its weights first (for example without `init_empty_weights`)."
-                )
-            if not weight.is_floating_point():
-                raise CraftError(
-                    f"The weight of '{key}' is stored as {weight.dtype}, which cannot be decomposed. Load the base "
-                    "model in float32, bfloat16 or float16."
-                )
+        for layer, key in enumerate(self.keys):
+            weight = self.read_weight(layer)
             if not torch.isfinite(weight).all():
                 raise CraftError(
                     f"The weight of '{key}' holds NaN or infinity. Load the base model again, or leave that module out "
@@ -66,6 +81,16 @@ class Stack:
                 )
             weights.append(weight)
         return weights
+
+    def read_weight(self, layer: int) -> Tensor:
+        """One of `read_weights`, which may hold NaN or infinity."""
+        key, module = self.keys[layer], self.modules[layer]
+        if adapter_place(module)[0].type == "meta":
+            raise CraftError(
+                f"The weight of '{key}' is on the meta device, so it holds no numbers to decompose. Load the base "
+                "model with its weights first (for example without `init_empty_weights`)."
+            )
+        return oriented(module, read_weight(module, f"'{key}'"))
 
 
 def oriented(module: nn.Module, matrix: Tensor) -> Tensor:
@@ -82,20 +107,56 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    return cast(int, module.nf), cast(int, module.nx)
+    d_in, d_out = _get_in_out_features(module)
+    return d_out, d_in
 
 
-def collect_stacks(targets: Iterable[tuple[str, nn.Module]]) -> list[Stack]:
-    """Group target modules into stacks: modules whose paths differ only in the layer index are one stack.
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can be adapted: `torch.nn.Linear`, transformers' `Conv1D`, or what PEFT knows as quantised."""
+    return isinstance(module, nn.Linear | Conv1D) or getattr(backend_of(module), "layer_type", None) == "linear"
+
+
+def path_pattern(key: str) -> str:
+    """A module's path with ``*`` for every index in it.
+
+    Example:
+        >>> path_pattern("encoder.layer.3.attention.query")
+        'encoder.layer.*.attention.query'
+    """
+    return ".".join("*" if part.isdigit() else part for part in key.split("."))
+
+
+def layer_path(key: str) -> str:
+    """The path of the layer of the model that a module lies in: up to the first index, or all of it.
+
+    Example:
+        >>> layer_path("encoder.layer.3.attention.query")
+        'encoder.layer.3'
+    """
+    before, *after = re.split(r"(?<=\.)(\d+)(?=\.|$)", key, maxsplit=1)
+    return before + after[0] if after else key
+
+
+def collect_stacks(
+    targets: Iterable[tuple[str, nn.Module]],
+    together: Together = "projection",
+    ranks_of: Callable[[str], Any] = lambda key: None,
+) -> list[Stack]:
+    """Group target modules into stacks.
+
+    Modules of one projection are those whose paths differ only in the layer index. Where their shapes alternate, those
+    of each shape form a stack, and a message says so.
 
     Args:
         targets: path and module of every target, in the order of the model.
+        together: which modules form one stack.
+        ranks_of: the ranks that a module has instead of the config's, or None; only modules with the same form a stack.
 
     Returns:
         The stacks, in the order of their first module.
 
     Raises:
-        CraftError: a target that is not linear, or targets of one projection with different shapes.
+        CraftError: a target that is not linear, or that is never called.
 
     Example:
         >>> model = nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({"query": nn.Linear(4, 4)}) for _ in range(3))})
@@ -103,38 +164,67 @@ def collect_stacks(targets: Iterable[tuple[str, nn.Module]]) -> list[Stack]:
         >>> [(stack.pattern, stack.shape.layers) for stack in stacks]
         [('layer.*.query', 3)]
     """
-    groups: dict[str, list[tuple[str, nn.Module]]] = {}
+    groups: dict[Any, list[tuple[str, nn.Module]]] = {}
     for key, module in targets:
-        if not isinstance(module, nn.Linear | Conv1D):
+        if not is_linear(module):
             raise CraftError(
                 f"The target module '{key}' is a {type(module).__name__}, not a linear layer. `target_modules` has to "
-                "name torch.nn.Linear or transformers' Conv1D modules."
+                "name torch.nn.Linear or transformers' Conv1D modules, or quantised ones that PEFT knows."
             )
-        pattern = ".".join("*" if part.isdigit() else part for part in key.split("."))
-        groups.setdefault(pattern, []).append((key, module))
-    return [_one_stack(pattern, members) for pattern, members in groups.items()]
-
-
-def _one_stack(pattern: str, members: Sequence[tuple[str, nn.Module]]) -> Stack:
-    first_key, first = members[0]
-    for key, module in members:
-        if weight_shape(module) != weight_shape(first):
+        if isinstance(module, NonDynamicallyQuantizableLinear):
             raise CraftError(
-                f"The modules '{pattern}' cannot form one stack: '{first_key}' has the shape {weight_shape(first)} and "
-                f"'{key}' has {weight_shape(module)}, as (out, in). Adapt those of one shape at a time, by "
-                "`layers_to_transform` or `exclude_modules`."
+                f"The target module '{key}' is the output projection of a torch.nn.MultiheadAttention, which uses its "
+                "weight without calling it, so that an adapter on it would do nothing. Leave it out with "
+                "`exclude_modules`."
             )
-    keys, modules = zip(*members, strict=True)
-    return Stack(pattern, keys, modules)
+        apart = {
+            "projection": (path_pattern(key), weight_shape(module)),
+            "shape": weight_shape(module),
+            "all": None,
+        }[together]
+        groups.setdefault((ranks_of(key), apart), []).append((key, module))
+    stacks = []
+    for (ranks, _), members in groups.items():
+        keys, modules = zip(*members, strict=True)
+        stacks.append(Stack(keys, modules, ranks))
+    if together == "projection":
+        _say_where_shapes_alternate(stacks)
+    return stacks
 
 
-def explain_no_match(target_modules: Collection[str] | None, model: nn.Module) -> CraftError:
-    """The error for target modules that match nothing: names what there is to match."""
+def _say_where_shapes_alternate(stacks: list[Stack]) -> None:
+    by_pattern: dict[tuple[str, Any], list[Stack]] = {}
+    for stack in stacks:
+        by_pattern.setdefault((stack.pattern, stack.ranks), []).append(stack)
+    for (pattern, _), parts in by_pattern.items():
+        if len(parts) > 1:
+            say_once(
+                f"The modules '{pattern}' have {len(parts)} shapes, so they form {len(parts)} stacks with an adapter "
+                f"each: {', '.join(str(part.shape) for part in parts)}."
+            )
+
+
+@cache
+def say_once(sentence: str) -> None:
+    """Log a message; not again in this process."""
+    logger.warning(sentence)
+
+
+class NoTargetError(CraftError, getattr(peft, "NoMatchingPeftModuleError", ValueError)):  # type: ignore[misc]
+    """Target modules that match nothing; PEFT's own error for it, which peft 0.20 does not have yet, is a base."""
+
+
+def explain_no_match(target_modules: Collection[str] | None, left_out: list[str], model: nn.Module) -> NoTargetError:
+    """The error for target modules that match nothing: names what was left out, and what there is to match."""
     found = _linear_names(model)
     wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or ())
     close = [match for name in wanted for match in get_close_matches(name, found, n=1)]
-    hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
-    return CraftError(
+    if left_out:
+        named = ", ".join(repr(key) for key in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        hint = f" `exclude_modules` and `modules_to_save` leave out {named}."
+    else:
+        hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
+    return NoTargetError(
         f"`target_modules={wanted}` matches no module of {type(model).__name__}.{hint} {describe_linear_modules(model)}"
     )
 
@@ -146,4 +236,11 @@ def describe_linear_modules(model: nn.Module) -> str:
 
 
 def _linear_names(model: nn.Module) -> set[str]:
-    return {key.rpartition(".")[2] for key, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    names: set[str] = set()
+    inside: tuple[str, ...] = ()
+    for key, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):  # a head that is saved, with its copies
+            inside = (*inside, key + ".")
+        elif is_linear(module) and not key.startswith(inside):
+            names.add(key.removesuffix(".base_layer").rpartition(".")[2])
+    return names

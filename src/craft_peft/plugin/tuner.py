@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,15 +18,16 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..adapters.base import StackAdapter
+from ..adapters.base import StackAdapter, still_deferred
 from ..errors import CraftError
+from ..sharing import share_work_in, shared_work, stop_sharing_work_in
+from .base_check import BaseCheck
 from .config import StackConfig
 from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
-from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match
-
-logger = logging.getLogger(__name__)
+from .quantization import adapter_place, backend_of, quantization_of
+from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
 
 QUERY_AND_VALUE = {
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -66,6 +67,8 @@ class StackTuner(BaseTuner):
         self._slots: dict[str, tuple[StackSlot, bool]] = {}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._slots = {}
+        # On the model, not on this tuner: it may be used without one (`inject_adapter_in_model`, `add_adapter`).
+        share_work_in(model)
 
     def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
         set_default_targets(peft_config, self.model)
@@ -73,20 +76,30 @@ class StackTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: StackConfig, model: nn.Module) -> None:
         """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
-        stacks = collect_stacks(find_targets(peft_config, model, self._saved_modules))
-        adapters = [peft_config.build_adapter(stack.name, stack.shape) for stack in stacks]
+        targets = find_targets(peft_config, model, self._saved_modules)
+        stacks = collect_stacks(targets, peft_config.together, peft_config.ranks_of)
+        _check_rank_pattern(peft_config, targets)
+        adapters = [peft_config.build_adapter(stack.name, stack.shape, stack.ranks) for stack in stacks]
         if not peft_config._read_from_file:
             for stack in stacks:
-                for sentence in peft_config.explain_defaults(stack.name, stack.shape):
-                    _say_once(sentence)
+                for sentence in peft_config.explain_defaults(stack.name, stack.shape, stack.ranks):
+                    say_once(sentence)
+            peft_config.base_quantization = quantization_of(module for stack in stacks for module in stack.modules)
+        # What a file holds is not computed first: such an adapter is about to be loaded. Nor is anything else, while
+        # there are no weights to compute it from.
+        is_loaded = peft_config._read_from_file or self._low_cpu_mem_usage or self._saved_modules is not None
+        check = BaseCheck.between(peft_config, self.model)
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
-            if peft_config._read_from_file and peft_config.saves_what_it_derived:
+            adapter.watch_loading(partial(check.compare, stack))
+            if is_loaded and (peft_config.saves_what_it_derived or stack.is_empty):
                 adapter.defer(stack.read_weights)
             else:
                 initialise(adapter, stack.read_weights)
             for layer, key in enumerate(stack.keys):
                 slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
+                if self._low_cpu_mem_usage and peft_config.saves_what_it_derived:
+                    slot.to("meta")
                 self._slots[key] = (slot, layer == 0)
 
     def _create_and_replace(
@@ -101,7 +114,7 @@ class StackTuner(BaseTuner):
     ) -> None:
         slot, owner = self._slots[current_key]
         if not isinstance(target, StackedLinear):
-            target = StackedLinear(target, self.prefix)
+            target = StackedLinear(target, self.prefix, backend_of(target, self.model))
             self._replace_module(parent, target_name, target, target)
         target.update_layer(adapter_name, slot, owner=owner)
 
@@ -109,6 +122,80 @@ class StackTuner(BaseTuner):
         # PEFT's version also copies the child's weight and moves the adapter. Ours has nothing to copy, its adapters
         # are made in their place, and copying fails on heads without a weight of their own.
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT makes adapters in the dtype of the base weights and casts them to float32 here, unless told not to. Ours
+        # are made in float32, so that the decomposition loses nothing, and cast down here where that is asked for.
+        if autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            if isinstance(module, StackedLinear) and adapter_name in module.owned:
+                weight = cast(Tensor, module.get_base_layer().weight)
+                if weight.is_floating_point():
+                    module.owned[adapter_name].to(weight.dtype)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float | int],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        r"""Add an adapter that is a weighted sum of others: :math:`\Delta W_l = \sum_i w_i \Delta W_l^i`, exactly.
+
+        The sum of CRAFT adapters on the same bases is one with ``tying="free"``. Heads and other saved modules are
+        not summed, as in `peft.LoraModel`.
+
+        Args:
+            adapters: names of adapters of one method on the same modules.
+            weights: one a adapter.
+            adapter_name: of the new adapter; it does not become active.
+            combination_type: only "linear".
+
+        Raises:
+            CraftError: a name that does not exist, or exists already; another number of weights; another
+                combination; adapters whose sum is no adapter of their method.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise CraftError(
+                f"There is no adapter {unknown or '(none given)'}. The model has {', '.join(self.peft_config)}."
+            )
+        if adapter_name in self.peft_config:
+            raise CraftError(f"There is an adapter '{adapter_name}' already. Give the sum another name.")
+        if len(weights) != len(adapters):
+            raise CraftError(f"{len(weights)} weights were given for {len(adapters)} adapters; one each is needed.")
+        if combination_type != "linear":
+            raise CraftError(f"combination_type={combination_type!r} is not supported. Use 'linear', which is exact.")
+        layers = [module for module in self.model.modules() if isinstance(module, StackedLinear)]
+        _check_same_stacks(layers, adapters)
+        config = cast(StackConfig, self.peft_config[adapters[0]]).weighted_sum()
+        config._read_from_file = True  # nothing to compute: all tensors are set below
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            for slots in (layer.slots for layer in layers if adapter_name in layer.slots):
+                if slots[adapter_name].layer == 0:
+                    slots[adapter_name].adapter.become_weighted_sum([slots[n].adapter for n in adapters], weights)
+        except CraftError:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT."""
+        with shared_work():
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with shared_work():
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_sharing_work_in(model)
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -130,10 +217,7 @@ class StackTuner(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         # PEFT reads the names in `model.state_dict()` here, not the values: what is about to be loaded stays deferred.
-        with ExitStack() as stack:
-            for module in model.modules():
-                if isinstance(module, StackAdapter):
-                    stack.enter_context(module.still_deferred())
+        with still_deferred(model):
             return super()._remap_adapter_state_dict_for_load(model=model, **kwargs)
 
 
@@ -171,6 +255,8 @@ def find_targets(
     targets: list[tuple[str, nn.Module]] = []
     inside: tuple[str, ...] = ()
     for key, module in model.named_modules():
+        if saved is not None:
+            key = key.removeprefix("_orig_mod.")  # of a compiled model, as PEFT does
         if not key or key.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
@@ -183,19 +269,38 @@ def find_targets(
                 )
             targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
     if not targets:
-        raise explain_no_match(config.target_modules, model)
+        everywhere = copy(config)
+        everywhere.exclude_modules = everywhere.modules_to_save = None
+        left_out = [key for key, _ in model.named_modules() if key and check_target_module_exists(everywhere, key)]
+        raise explain_no_match(config.target_modules, left_out, model)
     return targets
+
+
+def _check_same_stacks(layers: Collection[StackedLinear], adapter_names: Collection[str]) -> None:
+    for layer in layers:
+        slots = [layer.slots[name] for name in adapter_names if name in layer.slots]
+        kinds = {(type(slot.adapter), slot.adapter.shape, slot.layer) for slot in slots}
+        if slots and (len(slots) < len(adapter_names) or len(kinds) > 1):
+            raise CraftError(
+                f"The adapters {', '.join(adapter_names)} are not of one method on the same modules, so that they have "
+                "no sum. Keep them apart and make them active together (`base_model.set_adapter([...])`)."
+            )
+
+
+def _check_rank_pattern(config: StackConfig, targets: Collection[tuple[str, nn.Module]]) -> None:
+    used = {config.matching_pattern(key) for key, _ in targets}
+    for pattern in config.rank_pattern:
+        if pattern not in used:
+            keys = ", ".join(f"'{key}'" for key in dict.fromkeys(path_pattern(key) for key, _ in targets))
+            raise CraftError(
+                f"`rank_pattern` has ranks for '{pattern}', which matches no target module, or only such that an "
+                f"earlier pattern matches. The target modules are {keys}."
+            )
 
 
 def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None:
     """Put a new adapter where the base weights are, in at least float32; on the meta device if loading will fill it."""
-    weight = cast(Tensor, stack.modules[0].weight)
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    device, dtype = adapter_place(stack.modules[0])
     # The parameters are there already when PEFT builds the whole tuner under accelerate's `init_empty_weights`.
     empty = low_cpu_mem_usage or any(parameter.is_meta for parameter in adapter.parameters())
-    adapter.to(device="meta" if empty else weight.device, dtype=dtype)
-
-
-@cache
-def _say_once(sentence: str) -> None:
-    logger.warning(sentence)
+    adapter.to(device="meta" if empty else device, dtype=dtype)

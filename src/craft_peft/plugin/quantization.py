@@ -1,0 +1,117 @@
+"""The weight of a linear layer as plain numbers, read and written back, whatever back end stores it.
+
+PEFT knows the back ends of quantised layers (`peft.utils.resolve_quantization_backend`). Some can turn their weight
+into floating-point numbers and back (bitsandbytes, torchao, HQQ): such a layer is decomposed and merged into as a plain
+one is, up to its own rounding. The others (GPTQ, AWQ, AQLM, EETQ, ...) only run: an adapter there needs saved factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CraftError
+from .distributed import whole
+
+
+def backend_of(module: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:
+    """PEFT's access to a quantised layer; None for a plain one.
+
+    Args:
+        module: a linear layer of the base model.
+        model: the base model. Some back ends (torchao) quantise by what it says; without it they only read.
+    """
+    if type(getattr(module, "weight", None)) is nn.Parameter and type(module) in (nn.Linear, Conv1D):
+        return None  # at once: PEFT would import every back end that is installed in order to ask it
+    scheme = get_quantization_kwargs(model).get("get_apply_tensor_subclass")
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=scheme or _no_scheme)
+    if getattr(backend, "get_apply_tensor_subclass", None) is _no_scheme:
+        backend.supports_merge = False
+    return backend
+
+
+def quantization_of(modules: Iterable[nn.Module]) -> str | None:
+    """The names of the back ends that hold the weights of some modules; None if all are plain."""
+    backends = (backend_of(module) for module in modules)
+    return ", ".join(sorted({backend.backend_name for backend in backends if backend is not None})) or None
+
+
+def read_weight(module: nn.Module, name: str = "a layer") -> Tensor:
+    """The weight in the module's own layout: itself if it is plain, else a new tensor of what it stands for.
+
+    Args:
+        module: a linear layer of the base model.
+        name: what to call it in an error.
+
+    Raises:
+        CraftError: a back end that cannot turn its weight into floating-point numbers.
+
+    Example:
+        >>> read_weight(nn.Linear(3, 5)).shape
+        torch.Size([5, 3])
+    """
+    backend = backend_of(module)
+    weight = getattr(module, "weight", None)
+    if backend is not None:
+        _undo_cpu_packing(module)
+        try:
+            return backend.get_base_weight(module).detach()
+        except (NotImplementedError, TypeError):  # the two that PEFT's back ends raise
+            pass
+    elif isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1:
+        return whole(weight).detach()  # numbers of 8 bits mean nothing without the scale that is kept beside them
+    raise CraftError(
+        f"The weight of {name}, a {type(module).__name__}{f' ({backend.backend_name})' if backend else ''}, is "
+        "quantised and cannot be turned back into floating-point numbers, so it can be neither decomposed nor merged "
+        "into. Load an adapter that was saved with its factors (`save_factors=True`), or load the base model "
+        "unquantised."
+    )
+
+
+def write_weight(layer: BaseTunerLayer, weight: Tensor) -> None:
+    """Store a weight, in the layout of `read_weight`, in the base layer of an adapted one, quantised if that is.
+
+    Raises:
+        CraftError: a back end that cannot quantise the weight again; nothing is changed.
+    """
+    base, backend = layer.get_base_layer(), layer.quantization_backend
+    # A weight of another class of tensor, which PEFT does not know, would ignore what is assigned to its data.
+    if not (type(base.weight.data) is type(weight) if backend is None else backend.supports_merge):
+        raise CraftError(
+            f"Nothing can be merged into a {type(base).__name__} whose weight is a {type(base.weight).__name__}: it "
+            "cannot be quantised again here. Load the base model through transformers with a `quantization_config=` "
+            "of a back end that PEFT merges into (for torchao a `TorchAoConfig`), or unquantised."
+        )
+    layer.set_base_weight(weight)
+
+
+def adapter_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where an adapter of this layer belongs: the layer's device, and float32 (float64 beside a weight in float64)."""
+    double = getattr(getattr(module, "weight", None), "dtype", None) == torch.float64
+    device = next(chain(module.parameters(), module.buffers())).device
+    return device, torch.float64 if double else torch.float32
+
+
+def _no_scheme() -> None:
+    """Stands for the scheme that torchao needs to quantise again, where the model does not tell it."""
+
+
+def _undo_cpu_packing(module: nn.Module) -> None:
+    """Bring a 4-bit weight of bitsandbytes into the order in which PEFT reads it.
+
+    On a CPU with AVX512-BF16 the first forward pass in evaluation packs the weight in another order. Saving unpacks it,
+    but leaves the scales as they were packed: transposed, in bfloat16.
+    """
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        module.state_dict()
+        state = module.weight.quant_state
+        if state.absmax.ndim == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
