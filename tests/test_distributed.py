@@ -73,7 +73,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def process_server() -> Iterator[None]:
     """The processes are forks of a server that has imported everything: each would spend ten seconds on that."""
-    preload = ["distributed_worker", *(["deepspeed"] if has_deepspeed else [])]
+    preload = ["distributed_worker", "datasets", "deepspeed"]  # what is not there is left out
     multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     settings = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with patch.dict(os.environ, settings | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}):
