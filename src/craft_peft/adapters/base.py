@@ -333,8 +333,9 @@ class FactoredStackAdapter(StackAdapter):
 
     def adapted_output(self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear) -> Float[Tensor, "... d_out"]:
         """In one step of the graph, see `craft_peft.fused`."""
+        middle = self._scaled_middle(layer)  # first: it fills the factors if they were deferred
         out_factor, in_factor = self.factors()
-        return adapted_linear(x, base.weight, base.bias, out_factor, self._scaled_middle(layer), in_factor)
+        return adapted_linear(x, base.weight, base.bias, out_factor, middle, in_factor)
 
 
 @contextmanager
