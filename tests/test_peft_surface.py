@@ -22,6 +22,7 @@ from craft_peft.plugin.layer import StackedLinear
 pytestmark = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
+@pytest.mark.peft_feature("`get_layer_status` and `get_model_status`")
 def test_statuses_see_every_layer(method):
     model = get_peft_model(bert(), method.config(target_modules=TARGETS))
     status = get_model_status(model)
@@ -37,6 +38,9 @@ def test_statuses_see_every_layer(method):
         assert get_model_status(model).enabled is False
 
 
+@pytest.mark.peft_feature(
+    "transformers' own `model.add_adapter`, `load_adapter`, `disable_adapters`, `enable_adapters`"
+)
 def test_transformers_adds_and_loads_adapters_itself(method, tmp_path):
     base = bert()
     torch.manual_seed(1)
@@ -54,6 +58,7 @@ def test_transformers_adds_and_loads_adapters_itself(method, tmp_path):
         assert torch.equal(logits(loaded.eval()), adapted)
 
 
+@pytest.mark.peft_feature("`AutoPeftModel`")
 def test_auto_classes_find_base_and_adapter(method, tmp_path):
     bert().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -65,11 +70,13 @@ def test_auto_classes_find_base_and_adapter(method, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.peft_feature("`copy.deepcopy` and pickle")
 def test_a_model_can_be_pickled(method):
     model, _ = moved(method)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
+@pytest.mark.peft_feature("`load_adapter`")
 def test_load_adapter_beside_another(method, tmp_path):
     model, base = moved(method)
     model.save_pretrained(tmp_path)
@@ -81,6 +88,7 @@ def test_load_adapter_beside_another(method, tmp_path):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.peft_feature("several active adapters")
 def test_several_active_adapters_add_up(method):
     model = get_peft_model(bert(), method.config(target_modules=TARGETS, init_weights=False))
     model.add_adapter("second", method.config(target_modules=TARGETS, init_weights=False))
@@ -91,6 +99,8 @@ def test_several_active_adapters_add_up(method):
     assert_close(layer(x).detach(), torch.nn.functional.linear(x, weight, layer.base_layer.bias).detach(), products=300)
 
 
+@pytest.mark.peft_feature("`layers_to_transform` and `layers_pattern`")
+@pytest.mark.peft_feature("`exclude_modules`")
 def test_layers_can_be_chosen_and_excluded(method):
     chosen, _ = moved(method, layers_to_transform=[0, 2], layers_pattern="layer")
     adapted = {
@@ -104,6 +114,7 @@ def test_layers_can_be_chosen_and_excluded(method):
     assert sum(isinstance(module, StackedLinear) for module in excluded.modules()) == 4
 
 
+@pytest.mark.peft_feature('`target_modules="all-linear"`')
 def test_all_linear(method):
     model = get_peft_model(
         bert(), method.config(task_type="SEQ_CLS", target_modules="all-linear", exclude_modules=["pooler.dense"])
@@ -112,16 +123,20 @@ def test_all_linear(method):
     assert len(adapted) == 6 * LAYERS and not any("classifier" in key or "pooler" in key for key in adapted)
 
 
+@pytest.mark.peft_feature("`generate` with cache")
+@pytest.mark.peft_feature("`generate` with positional arguments")
 def test_generation_uses_the_adapter(method):
     torch.manual_seed(1)
     base = gpt2()
     model = get_peft_model(copy.deepcopy(base), method.config(init_weights=False, task_type="CAUSAL_LM")).eval()
-    fields = {"input_ids": tokens(), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    cached, uncached = (model.generate(**fields, use_cache=use_cache) for use_cache in (True, False))
+    fields = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    cached, uncached = (model.generate(input_ids=tokens(), **fields, use_cache=cache) for cache in (True, False))
     assert torch.equal(cached, uncached) and cached.shape == (2, 12)
-    assert torch.equal(model.merge_and_unload().generate(**fields), cached)
+    assert torch.equal(model.generate(tokens(), **fields), cached)
+    assert torch.equal(model.merge_and_unload().generate(tokens(), **fields), cached)
 
 
+@pytest.mark.peft_feature("`load_adapter`")
 def test_reloading_under_a_name_that_exists_replaces_it(method, tmp_path):
     model, base = moved(method)
     model.save_pretrained(tmp_path)
