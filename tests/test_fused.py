@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from laws import assert_close
 from torch.nn import functional as F
 
-from craft_peft.adapters.fused import adapted_linear, forms_the_weight
+from craft_peft.fused import adapted_linear, forms_the_weight
 
 D_OUT, D_IN, R_OUT, R_IN = 7, 5, 3, 2
 FEW, MANY = (1, 2), (2, 4)  # tokens on either side of the choice at these sizes

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CraftError
+from ..fused import adapted_linear
 from ..sharing import compute_once
 
 
@@ -147,9 +148,26 @@ class StackAdapter(nn.Module, ABC):
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             return self.prepare()
 
-    def forward(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        """`delta_output` as a call of the module: engines that shard parameters gather them around such calls."""
-        return self.delta_output(layer, x)
+    def forward(
+        self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear | None = None
+    ) -> Float[Tensor, "... d_out"]:
+        """`delta_output` as a call of the module: engines that shard parameters gather them around such calls.
+
+        Args:
+            layer: the index in the stack.
+            x: the input of the layer.
+            base: the pretrained layer, for `adapted_output` instead; only if `fuses`.
+        """
+        return self.delta_output(layer, x) if base is None else self.adapted_output(layer, x, base)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether there is an `adapted_output` that keeps less for the backward pass than base and delta do apart."""
+        return False
+
+    def adapted_output(self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear) -> Float[Tensor, "... d_out"]:
+        """The output of the adapted layer, ``base(x) + delta_output(layer, x)``, all of one dtype and frozen base."""
+        return base(x) + self.delta_output(layer, x)
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -307,6 +325,16 @@ class FactoredStackAdapter(StackAdapter):
         out_factor, in_factor = self.factors()
         hidden = F.linear(F.linear(x, in_factor.T.to(x.dtype)), middle.to(x.dtype))
         return F.linear(hidden, out_factor.to(x.dtype))
+
+    @property
+    def fuses(self) -> bool:
+        """Yes, unless the factors are of those that are trained."""
+        return "out_factor" in self._buffers and "in_factor" in self._buffers
+
+    def adapted_output(self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear) -> Float[Tensor, "... d_out"]:
+        """In one step of the graph, see `craft_peft.fused`."""
+        out_factor, in_factor = self.factors()
+        return adapted_linear(x, base.weight, base.bias, out_factor, self._scaled_middle(layer), in_factor)
 
 
 @contextmanager

@@ -41,8 +41,32 @@ class StackSlot(nn.Module):
         """What the adapter adds to this layer's output."""
         if self.training and not torch.compiler.is_compiling():
             check_engine(self.adapter)
+        return self._module(self.layer, F.dropout(x, self.adapter.dropout, self.training))
+
+    def adapted_output(self, x: Tensor, base_layer: nn.Linear) -> Tensor:
+        """The layer's output with what the adapter adds, in one step; only if `fuses_with` says so."""
+        if self.training:
+            check_engine(self.adapter)
+        return self._module(self.layer, x, base_layer)
+
+    @property
+    def _module(self) -> nn.Module:
         holder, name = self.adapter.registered_in  # FSDP 1 has put a wrapper there, which has to be called
-        return holder[name](self.layer, F.dropout(x, self.adapter.dropout, self.training))
+        return holder[name]
+
+    def fuses_with(self, x: Tensor, base_layer: nn.Module) -> bool:
+        """Whether base and adapter can be one step: a plain frozen layer that nobody watches, all of one dtype."""
+        if type(base_layer) is not nn.Linear or torch.compiler.is_compiling() or not self.adapter.fuses:
+            return False
+        weight, bias = base_layer.weight, base_layer.bias
+        trains_base = weight.requires_grad or (bias is not None and bias.requires_grad)
+        dtypes = {x.dtype, weight.dtype, next(self.adapter.parameters()).dtype}
+        # accelerate's offloading and DeepSpeed fetch the weights around a call of the layer.
+        fetched = type(weight) is not nn.Parameter or hasattr(base_layer, "_hf_hook") or hasattr(weight, "ds_id")
+        watched = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
+        drops = self.training and self.adapter.dropout > 0
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return len(dtypes) == 1 and not (trains_base or fetched or watched or drops or autocast)
 
 
 class StackedLinear(nn.Module, BaseTunerLayer):
@@ -112,6 +136,10 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is None and not (self.disable_adapters or self.merged or args or kwargs):
+            used = [self.slots[name] for name in self.active_adapters if name in self.slots]
+            if len(used) == 1 and used[0].fuses_with(x, self.base_layer):
+                return used[0].adapted_output(x, self.base_layer)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
