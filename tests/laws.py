@@ -219,7 +219,7 @@ def saves_and_loads_bit_equal(method: Method) -> None:
         model, base = moved(method, dtype)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            for name, low_memory in (("default", False), ("another", False), ("low", True)):
+            for name, low_memory in (("default", False), ("another", False), ("query", False), ("low", True)):
                 fresh = copy.deepcopy(base)
                 loaded = PeftModel.from_pretrained(fresh, folder, adapter_name=name, low_cpu_mem_usage=low_memory)
                 assert torch.equal(logits(loaded), logits(model))

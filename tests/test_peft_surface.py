@@ -14,8 +14,15 @@ from peft import (
     get_model_status,
     get_peft_model,
 )
+from safetensors.torch import load_file
 from small_models import LAYERS, bert, gpt2, logits, tokens
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from craft_peft.plugin.layer import StackedLinear
 
@@ -147,3 +154,58 @@ def test_reloading_under_a_name_that_exists_replaces_it(method, tmp_path):
     assert not torch.equal(logits(loaded.eval()), logits(model))
     loaded.load_adapter(tmp_path, adapter_name="default")
     assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def sequence_to_sequence():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, eos_token_id=None)).eval()
+
+
+@pytest.mark.peft_feature("mixed batches in `generate`, with beam search")
+@pytest.mark.parametrize(("make", "task"), [(gpt2, "CAUSAL_LM"), (sequence_to_sequence, "SEQ_2_SEQ_LM")])
+def test_generation_mixes_adapters_in_a_batch(make, task, method):
+    model = get_peft_model(make(), method.config(init_weights=False, task_type=task)).eval()
+    torch.manual_seed(2)
+    model.add_adapter("second", method.config(init_weights=False, task_type=task))
+    for name, parameter in model.named_parameters():
+        if f".{method.name}_" in name:
+            parameter.data.mul_(30)  # so that the adapters choose other tokens
+    rows = tokens()[0].repeat(3, 1)
+    fields = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    with model.disable_adapter():
+        expected = {"__base__": model.generate(input_ids=rows, **fields)[0]}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        expected[name] = model.eval().generate(input_ids=rows, **fields)[0]
+    assert len({tuple(row.tolist()) for row in expected.values()}) == 3
+    names = ["second", "__base__", "default"]
+    mixed = model.generate(input_ids=rows, adapter_names=names, **fields)
+    for row, name in zip(mixed, names, strict=True):
+        assert torch.equal(row, expected[name])
+
+
+@pytest.mark.peft_feature("`transformers.Trainer`: checkpoints, resuming, the best model at the end")
+def test_the_trainer_resumes_where_it_stopped(method, tmp_path):
+    data = [{"input_ids": row, "labels": i % 2} for i, row in enumerate(torch.randint(0, 50, (12, 7)))]
+    fields = {
+        "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "use_cpu": True,
+        "report_to": "none", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+    }  # fmt: skip
+
+    def train(folder, **more):
+        config = method.config(task_type="SEQ_CLS", target_modules=TARGETS)
+        torch.manual_seed(1)
+        model, arguments = get_peft_model(bert(), config), TrainingArguments(folder, **fields)
+        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+        trainer.train(**more)
+        return trainer
+
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert resumed.state.global_step == whole.state.global_step == 6
+    states = [load_file(folder / "checkpoint-6" / "adapter_model.safetensors") for folder in tmp_path.iterdir()]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    best = PeftModel.from_pretrained(bert(), whole.state.best_model_checkpoint)
+    assert torch.equal(logits(whole.model.eval()), logits(best))
