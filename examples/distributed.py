@@ -22,6 +22,7 @@ from craft_peft import CraftConfig
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; None reads those of the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model: a name on the Hub or a folder (default: a tiny one)")
     parser.add_argument("--output", help="the folder to save the adapter in (default: not saved)")
@@ -35,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_base(name: str | None) -> PreTrainedModel:
+    """A pretrained model, or a tiny one that is not."""
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(name)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -145,7 +146,9 @@ class StackAdapter(nn.Module, ABC):
 
     def _prepare(self) -> tuple[Tensor, ...]:
         self.make_ready()
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+        # Within a call, FSDP 1 puts plain tensors in the place of the parameters.
+        tensors = chain(self.parameters(), (value for value in vars(self).values() if isinstance(value, Tensor)))
+        with torch.autocast(next(tensors).device.type, enabled=False):
             return self.prepare()
 
     def forward(

@@ -58,9 +58,11 @@ class StackSlot(nn.Module):
         """Whether base and adapter can be one step: a plain frozen layer that nobody watches, all of one dtype."""
         if type(base_layer) is not nn.Linear or torch.compiler.is_compiling() or not self.adapter.fuses:
             return False
-        weight, bias = base_layer.weight, base_layer.bias
+        weight, bias, trained = base_layer.weight, base_layer.bias, self.adapter.weight
+        if trained is None:  # while FSDP 1 has its own tensors in the place of parameters
+            return False
         trains_base = weight.requires_grad or (bias is not None and bias.requires_grad)
-        dtypes = {x.dtype, weight.dtype, next(self.adapter.parameters()).dtype}
+        dtypes = {x.dtype, weight.dtype, trained.dtype}
         # accelerate's offloading and DeepSpeed fetch the weights around a call of the layer.
         fetched = type(weight) is not nn.Parameter or hasattr(base_layer, "_hf_hook") or hasattr(weight, "ds_id")
         watched = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks

@@ -65,7 +65,7 @@ class Stack:
         return any(adapter_place(module)[0].type == "meta" for module in self.modules)
 
     def read_weights(self) -> list[Tensor]:
-        """The pretrained weights as ``(out, in)``, a tensor a layer: views of plain weights, copies of quantised ones.
+        """The pretrained weights as ``(out, in)``, a tensor a layer: views of plain weights, copies of others.
 
         Raises:
             CraftError: a weight on the meta device, one whose back end cannot dequantise it, or one with NaN or
