@@ -1,6 +1,6 @@
 """Which features of PEFT the tests showed: collects the markers `peft_feature` of the tests that passed.
 
-    python -m pytest --features results/peft_features.json
+    python -m pytest --features=results/peft_features.json
 
 writes the file from which docs/peft-features.md is made. A feature counts as working if every test that carries its
 name passed, and as refused if a test showed the refusal and none that it works.
