@@ -13,8 +13,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from small_models import LAYERS, WIDTH, bert, gpt2, logits, tokens
 from torch import Tensor
 
-from craft_peft.adapters.base import StackShape
 from craft_peft.plugin.layer import StackedLinear
+from craft_peft.weights import StackShape
 
 SHAPE = StackShape.uniform(layers=3, d_out=7, d_in=5)
 TARGETS = ["query", "value"]

@@ -19,9 +19,9 @@ from torch import nn
 
 from craft_peft import CraftConfig, CraftError
 from craft_peft.adapters import craft as craft_module
-from craft_peft.adapters.base import StackShape
 from craft_peft.adapters.craft import CraftAdapter
 from craft_peft.plugin.registration import register_methods
+from craft_peft.weights import StackShape
 
 CRAFT = next(method for method in METHODS if str(method) == "craft")
 

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from ..errors import CraftError
 from ..fastfood import Fastfood, random_permutation
 from ..folding import Folding, Kind
-from .base import ReadWeights, StackAdapter, StackShape
+from ..weights import ReadWeights, StackShape
+from .base import StackAdapter
 
 
 class SuperLoraAdapter(StackAdapter):
