@@ -29,8 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--features", type=Path, metavar="FILE", help="write to FILE which features of PEFT were shown")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from feature_record import tell_features
+
+    for item in items:
+        tell_features(item)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--features"):
+    if config.getoption("--features") and not hasattr(config, "workerinput"):
         from feature_record import FeatureRecord
 
         config.pluginmanager.register(FeatureRecord(config.getoption("--features")))
