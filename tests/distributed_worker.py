@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from laws import SHAPE
 from method_table import METHODS, Method
@@ -25,8 +25,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import distributed as example  # noqa: E402
 
-CHECKPOINTS = ["reentrant", "not reentrant"]
 ROWS = list({method.name: method for method in reversed(METHODS)}.values())[::-1]  # the first of each name
+VARIED = [ROWS[0], next(method for method in ROWS if method.shares_work)]
 TIMEOUT = timedelta(seconds=100)
 PROBE = torch.arange(24).reshape(2, 12) % 64
 
@@ -43,7 +43,7 @@ def enter(rank: int, environment: dict[str, str], engine: str, base: Path, folde
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     for method in ROWS:
         found = run(method, engine, base, folder / method.name)
-        if method is ROWS[0]:
+        if method in VARIED:
             found |= run_variants(method, engine, base)
         torch.save(found, folder / f"{method.name}-{rank}.pt")
     PartialState().destroy_process_group()
@@ -119,11 +119,11 @@ def probe(model: torch.nn.Module) -> torch.Tensor:
 
 def variants(engine: str) -> dict[str, list[AbstractContextManager]]:
     """By name, what to change before training."""
-    checkpoints = {kind: base_becomes(partial(checkpointed, reentrant=kind == "reentrant")) for kind in CHECKPOINTS}
-    found = {kind: [change] for kind, change in checkpoints.items()}
+    found = {
+        "reentrant": [base_becomes(partial(checkpointed, reentrant=True))],
+        "not reentrant": [base_becomes(partial(checkpointed, reentrant=False))],
+    }
     if engine == "ddp":
-        static = partial(Accelerator, kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
-        found["reentrant, static graph"] = [checkpoints["reentrant"], patch.object(example, "Accelerator", static)]
         found["other weights"] = [base_becomes(other_on_other_processes)]
     if engine == "fsdp2":
         found["root"] = [patch.dict(os.environ, FSDP_AUTO_WRAP_POLICY="NO_WRAP")]

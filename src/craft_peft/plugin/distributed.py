@@ -13,6 +13,7 @@ from types import FrameType
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
@@ -72,12 +73,11 @@ def keep_frozen_tensors_out_of_ddp() -> None:
 
 
 def check_engine(adapter: StackAdapter) -> None:
-    """Call it before an adapter is used in training: refuse what an engine cannot do with shared parameters.
+    """Call it before an adapter is used in training: refuse what engines cannot do with shared parameters.
 
     Raises:
-        CraftError: reentrant gradient checkpoints, under an engine that would take a part of the gradient of a shared
-            parameter for the whole: DDP and FSDP 2 without an error, ZeRO-3 with a failed assertion. Or an adapter
-            that FSDP 2 has sharded together with one of the layers that share it.
+        CraftError: reentrant gradient checkpoints on several processes, or an adapter that FSDP 2 has sharded together
+            with one of the layers that share it.
     """
     sharded_alone = hasattr(adapter, "unshard")  # it is an FSDPModule
     if hasattr(adapter.weight, "full_tensor") and not sharded_alone:  # its parameters are DTensors
@@ -85,17 +85,18 @@ def check_engine(adapter: StackAdapter) -> None:
             "FSDP 2 has sharded the adapter together with one layer, and other layers use it too. Shard it by itself: "
             f"add {type(adapter).__name__!r} to `fsdp_transformer_layer_cls_to_wrap`."
         )
-    if torch.is_grad_enabled():
-        return
-    ddp = DistributedDataParallel._get_active_ddp_module()
-    partial = sharded_alone or hasattr(adapter.weight, "ds_id") or (ddp is not None and not ddp.static_graph)
-    if partial and _inside_reentrant_checkpoint():
+    if not torch.is_grad_enabled() and _on_several_processes() and _inside_reentrant_checkpoint():
+        # Wrong without a word under DDP and FSDP 2; with methods that share work also under DDP with a static graph.
         raise CraftError(
-            "The model is trained on several processes with reentrant gradient checkpoints. The engine (DDP, FSDP 2 or "
-            "ZeRO-3) then takes the gradient of an adapter for complete when one of the layers that share it has added "
-            "its part: it would be wrong. Use the other kind of checkpoints: "
+            "The model is trained on several processes with reentrant gradient checkpoints. They compute the gradient "
+            "of an adapter in parts, one for each of the layers that share it, and DDP, FSDP and ZeRO may send the "
+            "first part for the whole. Use the other kind of checkpoints: "
             '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
         )
+
+
+def _on_several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _inside_reentrant_checkpoint() -> bool:
