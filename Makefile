@@ -21,7 +21,7 @@ demo: $(VENV)/demo.installed
 	$(OFFLINE) $(BIN)/craft-peft demo $(DEMO_ARGS)
 
 test: lint
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

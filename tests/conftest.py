@@ -17,7 +17,7 @@ from jaxtyping import install_import_hook
 
 # Before anything imports craft_peft: every annotation, shapes included, is then checked at each call. Not in
 # `plugin.config`, where users' values arrive and are checked by the configs themselves, with errors that tests read.
-CHECKED = ["errors", "tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
+CHECKED = ["errors", "weights", "tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
 CHECKED += ["plugin.stacks", "plugin.quantization", "plugin.layer", "plugin.tuner", "glue", "cli"]
 install_import_hook([f"craft_peft.{name}" for name in CHECKED], "beartype.beartype")
 
@@ -29,8 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--features", type=Path, metavar="FILE", help="write to FILE which features of PEFT were shown")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from feature_record import tell_features
+
+    for item in items:
+        tell_features(item)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--features"):
+    if config.getoption("--features") and not hasattr(config, "workerinput"):
         from feature_record import FeatureRecord
 
         config.pluginmanager.register(FeatureRecord(config.getoption("--features")))

@@ -1,6 +1,6 @@
 """Which features of PEFT the tests showed: collects the markers `peft_feature` of the tests that passed.
 
-    python -m pytest --features results/peft_features.json
+    python -m pytest --features=results/peft_features.json
 
 writes the file from which docs/peft-features.md is made. A feature counts as working if every test that carries its
 name passed, and as refused if a test showed the refusal and none that it works.
@@ -14,6 +14,16 @@ from typing import Any
 
 import pytest
 
+FEATURES = "peft_features"
+
+
+def tell_features(item: pytest.Item) -> None:
+    """Write down with a test what its report will say: the tests may run in another process than the record."""
+    method = item.callspec.params.get("method") if hasattr(item, "callspec") else None
+    found = [(name, why_not, test_name(item), method and str(method)) for name, why_not in features_of(item)]
+    if found:
+        item.user_properties.append((FEATURES, found))
+
 
 class FeatureRecord:
     """Gathers outcomes while the tests run, and writes them at the end."""
@@ -23,24 +33,20 @@ class FeatureRecord:
         self.features: dict[str, dict[str, Any]] = {}
         self.broken: set[str] = set()
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]):
-        report = yield
-        for name, why_not in features_of(item):
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, why_not, test, method in dict(report.user_properties).get(FEATURES, []):
             if report.failed:
                 self.broken.add(name)
             if report.when == "call" and report.passed:
-                self._add(name, why_not, item)
-        return report
+                self._add(name, why_not, test, method)
 
-    def _add(self, name: str, why_not: str | None, item: pytest.Item) -> None:
+    def _add(self, name: str, why_not: str | None, test: str, method: str | None) -> None:
         feature = self.features.setdefault(name, {"name": name, "tests": set(), "methods": set(), "refusals": {}})
-        method = item.callspec.params.get("method") if hasattr(item, "callspec") else None
         if why_not is None:
-            feature["tests"].add(test_name(item))
-            feature["methods"] |= {str(method)} if method is not None else set()
+            feature["tests"].add(test)
+            feature["methods"] |= {method} if method is not None else set()
         else:
-            feature["refusals"].setdefault(why_not, set()).add(test_name(item))
+            feature["refusals"].setdefault(why_not, set()).add(test)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.broken:

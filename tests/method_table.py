@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from craft_peft import CraftConfig, LotrConfig, SuperLoraConfig
-from craft_peft.adapters.base import StackAdapter, StackShape
+from craft_peft.adapters.base import StackAdapter
 from craft_peft.adapters.craft import CraftAdapter
 from craft_peft.adapters.lotr import LotrAdapter
 from craft_peft.plugin.config import StackConfig
+from craft_peft.weights import StackShape
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "src" / "craft_peft"
 
 # Imports go only to the left. `__init__` stands for the public names: what `from craft_peft import X` reaches.
-TENSOR_ORDER = ["tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
+TENSOR_ORDER = ["weights", "tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
 ORDER = ["errors", *TENSOR_ORDER, "plugin", "lora_export", "__init__", "glue", "cli"]
 APART = {("lora_export", "glue"), ("glue", "lora_export")}  # one level: neither knows the other
 
@@ -176,7 +176,7 @@ RULES: list[Rule] = [
 FAULTS: list[tuple[Rule, str, str]] = [
     (imports_go_left, "tucker.py", "from craft_peft.adapters import base"),
     (imports_go_left, "plugin/stacks.py", "from craft_peft import CraftConfig"),
-    (imports_go_left, "adapters/craft.py", "from ..plugin.config import CraftConfig"),
+    (imports_go_left, "adapters/craft.py", "from ..plugin.craft_config import CraftConfig"),
     (imports_go_left, "adapters/craft.py", "from .. import plugin"),
     (imports_go_left, "glue/training.py", "def f():\n    import craft_peft.cli.main"),
     (imports_go_left, "glue/training.py", "from craft_peft.lora_export import save"),

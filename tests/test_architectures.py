@@ -159,8 +159,12 @@ def expected_stacks(projections, together):
     }
 
 
+def shown_by(name):
+    return pytest.mark.peft_feature(f"default targets, start, file and merge of {name}")
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=shown_by(name)) for name in ARCHITECTURES])
 def test_architecture(name, method, tmp_path):
     model_class, config, stacks = ARCHITECTURES[name]
     torch.manual_seed(0)

@@ -20,9 +20,9 @@ def outcomes():
 
 
 @pytest.mark.peft_feature("`torch.compile(fullgraph=True)`, one graph for all batch sizes")
-@pytest.mark.parametrize(("law", "method"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
-def test_compiles_to_one_graph(law, method, outcomes):
-    assert outcomes[f"{law.__name__}-{method}"] == ""
+@pytest.mark.parametrize(("use", "method"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_compiles_to_one_graph(use, method, outcomes):
+    assert outcomes[f"{use.__name__}-{method}"] == ""
 
 
 @pytest.mark.peft_feature("`torch.export`, adapted and merged")

@@ -7,7 +7,7 @@ import pytest
 from feature_record import features_of, test_name
 
 RECORD = Path(__file__).parent.parent / "results" / "peft_features.json"
-HINT = "run: python -m pytest --features results/peft_features.json; python docs/build.py"
+HINT = "run: python -m pytest --features=results/peft_features.json; python docs/build.py"
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import LAYERS, WIDTH, bert, gpt2, logits, tokens
 
 from craft_peft import CraftConfig, CraftError, fit_bases, hosvd
-from craft_peft.adapters.base import StackShape
 from craft_peft.adapters.craft import Basis, Tying
 from craft_peft.plugin.layer import StackedLinear
+from craft_peft.weights import StackShape
 
 RANKS = (2, 4, 3)
 BATCHES = [{"input_ids": tokens(seed), "labels": torch.tensor([0, 1])} for seed in (1, 2)]

@@ -27,6 +27,7 @@ def adapted(method, make, **fields):
     return get_peft_model(copy.deepcopy(base), method.config(init_weights=False, **fields)).eval(), base
 
 
+@pytest.mark.peft_feature("export to LoRA")
 @every_method
 @pytest.mark.parametrize("make", [bert, gpt2, lambda: roberta(3, 16)], ids=["bert", "gpt2 (Conv1D)", "roberta"])
 def test_the_export_gives_the_same_logits(method, make, tmp_path):
@@ -38,6 +39,7 @@ def test_the_export_gives_the_same_logits(method, make, tmp_path):
     assert_close(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model), products=1000)
 
 
+@pytest.mark.peft_feature("export to LoRA")
 @every_method
 def test_a_process_without_this_package_gives_the_same_logits(method, tmp_path):
     model, base = moved(method)

@@ -11,8 +11,8 @@ from torch import nn
 
 from craft_peft import CraftError, LotrConfig
 from craft_peft.adapters import lotr as lotr_module
-from craft_peft.adapters.base import StackShape
 from craft_peft.plugin.layer import StackedLinear
+from craft_peft.weights import StackShape
 
 
 def adapters_of(model):

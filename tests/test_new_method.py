@@ -18,10 +18,11 @@ from peft import PeftType
 from torch import nn
 
 from craft_peft import LotrConfig
-from craft_peft.adapters.base import FactoredStackAdapter, StackShape
+from craft_peft.adapters.base import FactoredStackAdapter
 from craft_peft.plugin.config import StackConfig
 from craft_peft.plugin.registration import register_method
 from craft_peft.plugin.tuner import StackTuner
+from craft_peft.weights import StackShape
 
 # The adapter: what is added to layer l's weight? -------------------------------------------------------------------
 

@@ -115,13 +115,23 @@ def test_a_projection_that_is_never_called_is_refused(method):
     assert adapted_paths(adapted) == {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("linear1", "linear2")}
 
 
+REFUSED_FIELDS = {
+    "target_parameters": "a parameter outside a linear layer has no input and output that a stack could share.",
+    "alpha_pattern": "the layers of a stack share what is trained, so `alpha` is one factor for all.",
+    "layer_replication": "a layer that is there twice has one weight, and a stack counts it once.",
+    "ensure_weight_tying": "a tied pair in `modules_to_save` is warned about; `trainable_token_indices` keeps the tie.",
+}
+
+
+def refused(name):
+    return pytest.param(name, marks=pytest.mark.peft_feature(f"`{name}`", no=REFUSED_FIELDS[name]))
+
+
 @over_methods
-@pytest.mark.peft_feature(
-    "`target_parameters`", no="a parameter outside a linear layer has no input and output that a stack could share."
-)
-def test_target_parameters_are_refused(method):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'target_parameters'"):
-        method.config(target_parameters=["experts.gate_up_proj"])
+@pytest.mark.parametrize("name", [refused(name) for name in REFUSED_FIELDS])
+def test_fields_of_lora_alone_are_refused(name, method):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        method.config(**{name: {}})
 
 
 @pytest.mark.peft_feature("tied weights: a warning when an adapter is put on one of them")

@@ -11,16 +11,17 @@ import torch
 from accelerate import init_empty_weights
 from laws import TARGETS, moved
 from method_table import METHODS
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from small_models import bert, gpt2, logits, roberta, tokens
 from torch import nn
 
 from craft_peft import CraftConfig, CraftError
 from craft_peft.adapters import craft as craft_module
-from craft_peft.adapters.base import StackShape
 from craft_peft.adapters.craft import CraftAdapter
 from craft_peft.plugin.registration import register_methods
+from craft_peft.weights import StackShape
 
 CRAFT = next(method for method in METHODS if str(method) == "craft")
 
@@ -81,8 +82,10 @@ def test_trained_modes_leave_the_others_at_the_identity():
 
 def test_fused_projections_of_gpt2_are_one_stack():
     model = get_peft_model(gpt2(), CraftConfig(ranks=(3, 5, 4), init_weights=False))
-    adapter = model.base_model.model.transformer.h[0].attn.c_attn.craft_adapters["default"]
-    assert adapter.shape == StackShape.uniform(layers=3, d_out=48, d_in=16)
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    assert (layer.in_features, layer.out_features) == (16, 48)
+    adapter = layer.craft_adapters["default"]
+    assert (adapter.shape.layers, adapter.shape.matrix) == (3, (48, 16))
 
 
 def adapters_of(model):
@@ -130,6 +133,7 @@ def test_every_decomposition_starts_at_the_base_model(decomposition):
     assert torch.equal(logits(get_peft_model(base, CRAFT.config(decomposition=decomposition)).eval()), before)
 
 
+@pytest.mark.peft_feature("`dropout`")
 def test_dropout_acts_in_training_alone():
     model, _ = moved(CRAFT, dropout=0.5)
     assert torch.equal(logits(model), logits(model))
@@ -149,6 +153,7 @@ def test_bias_trains_the_biases_of_the_adapted_modules():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.peft_feature("`PeftType`: the methods are members")
 def test_registration_is_idempotent_and_the_member_behaves():
     register_methods()
     register_methods()
@@ -160,6 +165,7 @@ def test_registration_is_idempotent_and_the_member_behaves():
     assert json.dumps({"type": member}) == '{"type": "CRAFT"}'
 
 
+@pytest.mark.peft_feature("configs: copies, pickle, files")
 def test_a_config_survives_a_file(tmp_path):
     config = CraftConfig(ranks=(2, 4, 3), target_modules=["query"], trained_modes=(1, 2), decomposition="hooi")
     config.save_pretrained(tmp_path)
@@ -177,6 +183,7 @@ def test_fields_explain_themselves():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.peft_feature("small files: the trained numbers alone (`save_factors=False`)")
 def test_a_24_layer_file_without_factors_is_small_and_exact(tmp_path):
     base = roberta(layers=24, width=104)
     config = CraftConfig(target_modules=TARGETS, save_factors=False, init_weights=False)
@@ -194,6 +201,19 @@ def test_loading_factors_decomposes_nothing(tmp_path, decompositions):
     for low_memory in (False, True):
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_memory)
         assert torch.equal(logits(loaded), logits(model))
+    assert not decompositions
+
+
+def test_injecting_from_a_state_dict_decomposes_nothing(decompositions):
+    """It says that tensors are about to be loaded, so they are not computed first."""
+    model = inject_adapter_in_model(CRAFT.config(target_modules=TARGETS, init_weights=False), bert()).eval()
+    state = get_peft_model_state_dict(model)
+    decompositions.clear()
+    for low_memory in (False, True):
+        config = CRAFT.config(target_modules=TARGETS)
+        loaded = inject_adapter_in_model(config, bert(), state_dict=state, low_cpu_mem_usage=low_memory)
+        set_peft_model_state_dict(loaded, state, low_cpu_mem_usage=low_memory)
+        assert torch.equal(logits(loaded.eval()), logits(model))
     assert not decompositions
 
 
@@ -255,6 +275,7 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
         PeftModel.from_pretrained(bert(layers=4), tmp_path)
 
 
+@pytest.mark.peft_feature("an adapter of a float32 base on a bfloat16 one")
 def test_a_float32_adapter_on_a_bfloat16_base_keeps_its_bases(tmp_path):
     model, base = moved(CRAFT)
     model.save_pretrained(tmp_path)
@@ -264,6 +285,7 @@ def test_a_float32_adapter_on_a_bfloat16_base_keeps_its_bases(tmp_path):
             assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+@pytest.mark.peft_feature("`save_pretrained` and `from_pretrained`, bit for bit")
 def test_loading_in_a_new_process_is_bit_equal(tmp_path):
     model, base = moved(CRAFT)
     base.save_pretrained(tmp_path / "base")
@@ -371,6 +393,9 @@ def test_a_bad_model_is_refused_and_left_as_it_was(make, fields, message):
     assert {name: type(module) for name, module in base.named_modules()} == before
 
 
+@pytest.mark.peft_feature(
+    "adding an adapter while another is merged", no="it would be made from the merged weights; unmerge first."
+)
 def test_an_adapter_beside_a_merged_one_is_refused():
     model, _ = moved(CRAFT)
     model.merge_adapter()
@@ -378,6 +403,7 @@ def test_an_adapter_beside_a_merged_one_is_refused():
         model.add_adapter("second", CRAFT.config(target_modules=TARGETS))
 
 
+@pytest.mark.peft_feature("mixed batches (`adapter_names=[...]`, `__base__`)")
 @pytest.mark.parametrize(
     ("prepare", "names", "message"),
     [
@@ -390,11 +416,13 @@ def test_an_adapter_beside_a_merged_one_is_refused():
 def test_a_bad_mixed_batch_is_refused(prepare, names, message):
     model, _ = moved(CRAFT)
     prepare(model)
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     with pytest.raises(CraftError, match=message):
         model(tokens(), adapter_names=names)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
+@pytest.mark.peft_feature("`safe_merge`")
 def test_safe_merge_refuses_a_broken_adapter():
     model, base = moved(CRAFT)
     next(p for n, p in model.named_parameters() if "out_transform" in n).data.fill_(torch.nan)

@@ -76,7 +76,7 @@ def test_a_fresh_adapter_leaves_a_quantised_model_unchanged(method, backend):
 
 @every_method
 @on(BACKENDS)
-@pytest.mark.peft_feature("layer and model status")
+@pytest.mark.peft_feature("`get_layer_status` and `get_model_status`")
 def test_statuses_name_the_back_end(method, backend):
     model = adapted(method, backend.bert())
     assert get_model_status(model).quantization_backend == backend.name
@@ -85,7 +85,7 @@ def test_statuses_name_the_back_end(method, backend):
 
 @every_method
 @on(BACKENDS)
-@pytest.mark.peft_feature('target_modules="all-linear"')
+@pytest.mark.peft_feature('`target_modules="all-linear"`')
 def test_all_linear_finds_quantised_layers(method, backend):
     model = adapted(
         method, backend.bert(), task_type="SEQ_CLS", target_modules="all-linear", exclude_modules=["pooler.dense"]
@@ -97,7 +97,7 @@ def test_all_linear_finds_quantised_layers(method, backend):
 @every_method
 @on(BACKENDS)
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.peft_feature("prepare_model_for_kbit_training")
+@pytest.mark.peft_feature("`prepare_model_for_kbit_training`")
 def test_training_moves_the_adapter_alone(method, backend, reentrant):
     base = prepare_model_for_kbit_training(backend.bert(), gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model = adapted(method, base, init_weights=True)
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_dequantised_weights(method, backend):
 
 @every_method
 @on(BACKENDS)
-@pytest.mark.peft_feature("disable_adapter")
+@pytest.mark.peft_feature("`disable_adapter`")
 def test_disabling_and_unloading_leave_the_quantised_base(method, backend):
     base = backend.bert()
     before = logits(base)
@@ -153,7 +153,7 @@ def test_disabling_and_unloading_leave_the_quantised_base(method, backend):
 
 @every_method
 @on(BACKENDS)
-@pytest.mark.peft_feature("mixed batches (adapter_names)")
+@pytest.mark.peft_feature("mixed batches (`adapter_names=[...]`, `__base__`)")
 def test_a_batch_mixes_adapters(method, backend):
     model = adapted(method, backend.bert())
     torch.manual_seed(2)
@@ -179,7 +179,7 @@ def test_a_batch_mixes_adapters(method, backend):
 
 @every_method
 @on(BACKENDS)
-@pytest.mark.peft_feature("merge_and_unload into a quantised base")
+@pytest.mark.peft_feature("`merge_and_unload` into a quantised base")
 def test_merging_is_quantising_the_sum(method, backend):
     """Bit for bit the model that transformers makes of weights with the adapter already in them."""
     model, plain = adapted(method, backend.bert()), bert(width=WIDTH)
@@ -200,7 +200,7 @@ def test_merging_is_quantising_the_sum(method, backend):
 
 @every_method
 @on(ONE_STAGE)
-@pytest.mark.peft_feature("merge_adapter and unmerge_adapter on a quantised base")
+@pytest.mark.peft_feature("`merge_adapter` and `unmerge_adapter` on a quantised base")
 def test_merging_and_unmerging_are_within_the_quantisers_rounding(method, backend):
     def rounding(weight):
         return backend.rounding(weight) + tolerance(torch.float32, 10) * weight.abs().max()
@@ -223,7 +223,7 @@ def test_merging_and_unmerging_are_within_the_quantisers_rounding(method, backen
 
 @every_method
 @on(BACKENDS)
-@pytest.mark.peft_feature("safe_merge")
+@pytest.mark.peft_feature("`safe_merge`")
 def test_safe_merge_changes_nothing_where_it_refuses(method, backend):
     base = backend.bert()
     before = logits(base)

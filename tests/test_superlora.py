@@ -15,9 +15,9 @@ from small_models import bert, gpt2, logits, roberta
 from torch import nn
 
 from craft_peft import CraftError, LotrConfig, SuperLoraConfig
-from craft_peft.adapters.base import StackShape
 from craft_peft.folding import Folding
 from craft_peft.plugin.layer import StackedLinear
+from craft_peft.weights import StackShape
 
 
 def build(config, shape, seed=0):

@@ -19,7 +19,7 @@ Example:
 
 from .errors import CraftError as CraftError
 from .plugin.bases import fit_bases as fit_bases
-from .plugin.config import CraftConfig as CraftConfig
+from .plugin.craft_config import CraftConfig as CraftConfig
 from .plugin.lotr_config import LotrConfig as LotrConfig
 from .plugin.registration import register_methods
 from .plugin.superlora_config import SuperLoraConfig as SuperLoraConfig

@@ -32,15 +32,8 @@ from torch import Tensor, nn
 
 from ..errors import CraftError
 from ..tucker import Decomposition, Tucker, hosvd, project
-from .base import (
-    FINGERPRINT_NUMBERS,
-    FactoredStackAdapter,
-    ReadWeights,
-    StackAdapter,
-    StackShape,
-    stack_weights,
-    weights_fingerprint,
-)
+from ..weights import FINGERPRINT_NUMBERS, ReadWeights, StackShape, stack_weights, weights_fingerprint
+from .base import FactoredStackAdapter, StackAdapter
 
 TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
 """The trained matrices, in the order of the modes (0: layers, 1: out, 2: in)."""

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..tucker import hosvd, mode_product
-from .base import FactoredStackAdapter, ReadWeights, StackShape, stack_weights
+from ..weights import ReadWeights, StackShape, stack_weights
+from .base import FactoredStackAdapter
 
 LotrStart = Literal["normal", "svd"]
 """Where the factors start: at random with cores of zero, or at the decomposition of the pretrained weights."""

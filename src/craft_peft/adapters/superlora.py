@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from ..errors import CraftError
 from ..fastfood import Fastfood, random_permutation
 from ..folding import Folding, Kind
-from .base import ReadWeights, StackAdapter, StackShape
+from ..weights import ReadWeights, StackShape
+from .base import StackAdapter
 
 
 class SuperLoraAdapter(StackAdapter):
@@ -167,14 +168,18 @@ class SuperLoraAdapter(StackAdapter):
     def _project(self, number: int, folded: Float[Tensor, "groups needed"]) -> Float[Tensor, "groups entries"]:
         if not self._fastfoods:
             return folded
-        fastfood = self._fastfoods[number] = self._fastfoods[number].to(folded)
+        fastfood = self._fastfoods[number].to(folded)
+        if not torch.compiler.is_compiling():  # a compiled graph must not change what it was compiled for
+            self._fastfoods[number] = fastfood
         return fastfood(folded, self.kinds[number].entries)
 
     def _permute(self, vector: Float[Tensor, " entries"]) -> Float[Tensor, " entries"]:
         if self._permutation is None:
             return vector
-        self._permutation = self._permutation.to(vector.device)
-        return vector[self._permutation]
+        permutation = self._permutation.to(vector.device)
+        if not torch.compiler.is_compiling():
+            self._permutation = permutation
+        return vector[permutation]
 
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
         """The layer's part of the vector."""

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from ..adapters.base import StackShape, stack_weights
 from ..errors import CraftError
-from ..plugin.config import MODES, CraftConfig
+from ..plugin.craft_config import MODES, CraftConfig
 from ..plugin.stacks import collect_stacks
 from ..plugin.tuner import find_targets, set_default_targets
 from ..tucker import Tucker, hosvd, unfold
+from ..weights import StackShape, stack_weights
 from .models import quiet_transformers, resolve_model_name
 
 Ranks = tuple[int, int, int]

@@ -19,7 +19,7 @@ from peft import (
 from peft.tuners.lokr.layer import factorization
 
 from ..folding import fold_sizes
-from ..plugin.config import PAPER_RANKS, CraftConfig
+from ..plugin.craft_config import PAPER_RANKS, CraftConfig
 from ..plugin.lotr_config import LotrConfig
 from ..plugin.superlora_config import SuperLoraConfig
 from .method_row import Method, Ranks, Setting

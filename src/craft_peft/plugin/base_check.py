@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import FINGERPRINT_NUMBERS, StackShape, fixed_entries
 from ..errors import CraftError
+from ..weights import FINGERPRINT_NUMBERS, StackShape, fixed_entries
 from .config import StackConfig
 from .quantization import quantization_of
 from .stacks import Stack
@@ -50,7 +50,7 @@ class BaseCheck:
 
         Args:
             stack: where the adapter is loaded.
-            saved: begins with the `craft_peft.adapters.base.weights_fingerprint` of the weights it was trained on.
+            saved: begins with the `craft_peft.weights.weights_fingerprint` of the weights it was trained on.
 
         Cost:
             Nothing beside loading: three entries of each weight. Of quantised stacks up to 4 weights are dequantised.

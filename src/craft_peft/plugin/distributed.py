@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 
-from ..adapters.base import ReadWeights, StackAdapter
+from ..adapters.base import StackAdapter
 from ..errors import CraftError
+from ..weights import ReadWeights
 
 _handled: WeakSet[DistributedDataParallel] = WeakSet()
 

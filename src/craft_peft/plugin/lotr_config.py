@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from peft import PeftType
 
-from ..adapters.base import StackShape
 from ..adapters.lotr import LotrAdapter, LotrStart
 from ..errors import CraftError
+from ..weights import StackShape
 from .config import StackConfig, check_choice, check_positive, check_whole_number
 from .stacks import Together
 

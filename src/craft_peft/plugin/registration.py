@@ -8,7 +8,8 @@ from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
-from .config import CraftConfig, StackConfig
+from .config import StackConfig
+from .craft_config import CraftConfig
 from .lotr_config import LotrConfig
 from .superlora_config import SuperLoraConfig
 from .tuner import StackTuner

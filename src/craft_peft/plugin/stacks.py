@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.base import StackShape
 from ..errors import CraftError
+from ..weights import StackShape
 from .quantization import adapter_place, backend_of, read_weight
 
 logger = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from peft import PeftType
 
-from ..adapters.base import StackShape
 from ..adapters.superlora import SuperLoraAdapter
 from ..errors import CraftError
 from ..folding import Folding
+from ..weights import StackShape
 from .config import StackConfig, check_choice, check_positive, check_whole_number
 from .stacks import Together
 
