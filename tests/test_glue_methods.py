@@ -104,7 +104,7 @@ def test_every_number_of_the_command_is_one_of_the_recipe() -> None:
 
 
 def test_unknown_method_lists_all() -> None:
-    with pytest.raises(CraftError, match=r"The methods are: craft, lora, pissa, .*head, full"):
+    with pytest.raises(CraftError, match=r"The methods are: craft, lotr, superlora, lora, pissa, .*head, full"):
         find_method("nothing")
 
 
