@@ -308,8 +308,8 @@ class TestBudget:
             choose_setting("vera", MethodOptions(budget=150), targets_of(SQUARE))
         assert str(error.value) == (
             "`--budget 150` is below the smallest setting of method `vera` on this model, r 1, which trains 198 "
-            "adapter parameters. Give at least `--budget 198`, or another method; within 150 fit: craft, lora-xs, "
-            "fourierft, tinylora, unilora."
+            "adapter parameters. Give at least `--budget 198`, or another method; within 150 fit: craft, lotr, "
+            "superlora, lora-xs, fourierft, tinylora, unilora."
         )
 
     @pytest.mark.parametrize(
