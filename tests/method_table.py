@@ -145,6 +145,7 @@ METHODS = [
             partial(_craft_count, tying=tying),
             _craft_naive_delta,
             setting=setting,
+            shares_work=tying != "free",
         )
         for setting, tying, basis in [
             ("", "shared", "weights"),

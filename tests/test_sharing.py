@@ -280,8 +280,8 @@ def times(monkeypatch):
     return found
 
 
-def adapter_of(model, name="default"):
-    return next(m for m in model.modules() if isinstance(m, StackedLinear) and name in m.slots).slots[name].adapter
+def adapters_of(model, name):
+    return {m.owned[name] for m in model.modules() if isinstance(m, StackedLinear) and name in m.owned}
 
 
 def test_only_what_says_so_shares(times):
@@ -301,7 +301,7 @@ def test_a_forward_pass_prepares_once(method, times):
         times.clear()
         logits(one)
         one(tokens(), labels=torch.tensor([0, 1])).loss.backward()
-        assert list(times.values()) == [2]
+        assert set(times.values()) == {2}
 
 
 @every_sharing_method
@@ -319,7 +319,7 @@ def test_checkpointing_prepares_once_more(method, reentrant, expected, times):
                 module.p = 0.0
         times.clear()
         model.train()(tokens(), labels=torch.tensor([0, 1])).loss.backward()
-        assert list(times.values()) == [expected if checkpointing else 1]
+        assert set(times.values()) == {expected if checkpointing else 1}
         gradients.append({n: p.grad for n, p in model.named_parameters() if f".{method.name}_" in n})
     for name, gradient in gradients[0].items():
         assert_close(gradients[1][name], gradient, products=100)
@@ -343,7 +343,7 @@ def test_distributed_data_parallel_prepares_as_often(method, checkpointing, expe
         times.clear()
         torch.manual_seed(0)
         wrap(model.train())(tokens(), labels=torch.tensor([0, 1])).loss.backward()
-        assert list(times.values()) == [expected]
+        assert set(times.values()) == {expected}
         gradients.append({n: p.grad for n, p in model.named_parameters() if f".{method.name}_" in n})
     for name, gradient in gradients[0].items():
         assert_close(gradients[1][name], gradient, products=1)
@@ -355,14 +355,14 @@ def test_a_mixed_batch_prepares_each_adapter_once(method, times):
     model.add_adapter("second", method.config(task_type="SEQ_CLS", target_modules=["key", "value"], init_weights=False))
     times.clear()
     model.eval()(tokens(), adapter_names=["default", "second"])
-    assert times == {adapter_of(model): 1, adapter_of(model, "second"): 1}
+    assert times == dict.fromkeys(adapters_of(model, "default") | adapters_of(model, "second"), 1)
 
 
 @every_sharing_method
 def test_generation_prepares_once_a_token(method, times):
     model = get_peft_model(gpt2(), method.config(init_weights=False, task_type="CAUSAL_LM")).eval()
     model.generate(input_ids=tokens(), max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert list(times.values()) == [5]
+    assert set(times.values()) == {5}
 
 
 @every_sharing_method
@@ -371,7 +371,7 @@ def test_merging_prepares_once(method, times):
     for act in (model.merge_adapter, model.unmerge_adapter, model.merge_and_unload):
         times.clear()
         act()
-        assert list(times.values()) == [1]
+        assert set(times.values()) == {1}
 
 
 @every_sharing_method

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import CraftError
 from .plugin.layer import StackedLinear
+from .sharing import shared_work
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def to_lora(
         (3, 0.0)
     """
     layers = _adapted_layers(model, adapter_name)
-    factors = {key: _lora_factors(layer, adapter_name) for key, layer in layers.items()}
+    with shared_work():
+        factors = {key: _lora_factors(layer, adapter_name) for key, layer in layers.items()}
     exact = max(b.shape[1] for b, _ in factors.values())
     rank = exact if rank is None else rank
     if not 1 <= rank <= exact:

@@ -192,28 +192,25 @@ class CraftAdapter(FactoredStackAdapter):
                 self.middles[layer] = sum(parts) / self.scaling
 
     def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
-        r""":math:`K_l`, in the expanded form. Cost ``r1 r2 r3 + r2 r3 (r2 + r3)``, nothing beside a batch."""
+        r""":math:`K_l`: of the layer's own with ``tying="free"``, else one of `prepare`."""
         self.make_ready()
-        if self.middles is not None:
-            return self.middles[layer]
-        start = torch.tensordot(self.layer_factor[layer], self.core, dims=1)
+        return self.middles[layer] if self.middles is not None else self.prepared(layer)
+
+    def prepare(self) -> tuple[Tensor, ...]:
+        r"""All :math:`K_l` at once, in the expanded form. Cost ``L r2 r3 (2 r1 + r2 + r3)``, nothing beside a batch."""
+        start = torch.tensordot(self.layer_factor, self.core, dims=1)
         moved = None
         if self.layer_transform is not None:
-            moved = torch.tensordot(self.layer_factor[layer] @ self.layer_transform, self.core, dims=1)
+            moved = torch.tensordot(self.layer_factor @ self.layer_transform, self.core, dims=1)
             start = start + moved
         if self.out_transform is not None:
-            turned = self.out_transform @ start
-            moved = turned if moved is None else moved + turned
-            start = start + turned
+            start, moved = _continued(start, moved, self.out_transform @ start)
         if self.in_transform is not None:
-            turned = start @ self.in_transform.T
-            moved = turned if moved is None else moved + turned
-            start = start + turned
+            start, moved = _continued(start, moved, start @ self.in_transform.T)
         if self.out_diagonals is not None and self.in_diagonals is not None:
-            turned = self.out_diagonals[layer, :, None] * start
-            moved = turned if moved is None else moved + turned
-            moved = moved + (start + turned) * self.in_diagonals[layer]
-        return torch.zeros_like(start) if moved is None else moved
+            start, moved = _continued(start, moved, self.out_diagonals[:, :, None] * start)
+            start, moved = _continued(start, moved, start * self.in_diagonals[:, None, :])
+        return (torch.zeros_like(start) if moved is None else moved).unbind()
 
     def transforms(self) -> dict[str, Float[Tensor, "rank rank"]]:
         """The matrices J (identity plus what was trained) by name; the identity for a mode that is not trained."""
@@ -256,6 +253,11 @@ class CraftAdapter(FactoredStackAdapter):
                 "would mean something else. Load it on the very same base model, in the same dtype, or save it again "
                 "with save_factors=True where it was trained."
             )
+
+
+def _continued(start: Tensor, moved: Tensor | None, turned: Tensor) -> tuple[Tensor, Tensor]:
+    """One transform more in the chain: what it adds goes to the matrices and to how far they are from the start."""
+    return start + turned, turned if moved is None else moved + turned
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
