@@ -30,8 +30,9 @@ def naive(x, weight, bias, out_factor, middle, in_factor):
 
 def test_both_ways_are_taken():
     weight = torch.empty(D_OUT, D_IN)
-    assert not forms_the_weight(FEW[0] * FEW[1], weight) and forms_the_weight(MANY[0] * MANY[1], weight)
-    assert not forms_the_weight(10_000, weight.bfloat16())
+    few, many = (forms_the_weight(rows * length, weight, torch.float32) for rows, length in (FEW, MANY))
+    assert many and not few
+    assert not forms_the_weight(10_000, weight, torch.bfloat16)
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
@@ -85,6 +86,45 @@ def test_it_keeps_one_narrow_matrix_for_the_backward_pass(tokens):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         adapted_linear(**given_)
     assert sum(saved.values()) == torch.Size(tokens).numel() * 4
+
+
+@pytest.mark.parametrize("tokens", [(1, 3), (16, 64)])
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_beside_float32_factors(tokens, base_dtype):
+    """A base in bfloat16, or one in float32 under autocast: values, gradients, and no matrix but the narrow one kept."""
+    sizes = (48, 32, 8, 4)
+    exact = operands(tokens, torch.float64, sizes)
+    given_ = operands(tokens, torch.float32, sizes)
+    given_ |= {name: given_[name].to(base_dtype) for name in ("weight", "bias")} | {"x": given_["x"].bfloat16()}
+    existing = {tensor.data_ptr() for tensor in given_.values()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in existing:
+            saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    for values in (exact, given_):
+        for name in ("x", "middle"):
+            values[name].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu"):
+        found = adapted_linear(**given_)
+    assert found.dtype == torch.bfloat16
+    assert sum(saved.values()) <= torch.Size(tokens).numel() * 4 * 2 + 32 * 4 * 2  # hidden, and a factor that was cast
+    expected = naive(**exact)
+    # Sums are in float32: what counts is how often a number is rounded to bfloat16 on the way.
+    assert_close(found, expected, products=4)
+    with torch.autocast("cpu"):
+        found.float().square().sum().backward()
+    expected.square().sum().backward()
+    assert given_["middle"].grad.dtype == torch.float32
+    for name in ("x", "middle"):
+        assert_close(given_[name].grad.bfloat16(), exact[name].grad, products=4)
+
+
+def test_one_token_without_a_batch():
+    given_ = operands((), torch.float64)
+    torch.testing.assert_close(adapted_linear(**given_), naive(**given_))
 
 
 def test_the_input_is_not_kept():

@@ -5,11 +5,12 @@ r"""A linear layer with a factored adapter as one step of the graph, which keeps
 
 Only :math:`K` and :math:`x` have gradients; :math:`W, b, U, V` are frozen. Written out in plain operations, autograd
 would keep ``x @ V``, ``x @ V @ K.T`` and the delta of the output for their additions; here it keeps ``x @ V`` alone
-(tokens x r_in), neither ``x`` nor a matrix of the weight's size.
+(tokens x r_in), neither ``x`` nor a matrix of the weight's size, also where the operands are of several dtypes.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def adapted_linear(
     middle: Float[Tensor, "r_out r_in"],
     in_factor: Float[Tensor, "d_in r_in"],
 ) -> Float[Tensor, "... d_out"]:
-    r""":math:`y = x (W + U K V^\top)^\top + b`, all of one dtype.
+    r""":math:`y = x (W + U K V^\top)^\top + b`, computed in the dtype of `x`, whatever autocast asks for.
 
     With many tokens it forms :math:`W + U K V^\top` (``d_out * d_in * r`` products), with few it goes through the thin
     factors (``tokens * r * (d_out + d_in)``). In less than float32 it always takes the thin factors, because a small
@@ -37,7 +38,7 @@ def adapted_linear(
         weight: frozen.
         bias: frozen.
         out_factor: U, frozen.
-        middle: K, in the dtype of the rest.
+        middle: K; its gradient is in its own dtype.
         in_factor: V, frozen.
 
     Example:
@@ -45,23 +46,29 @@ def adapted_linear(
         >>> adapted_linear(x, w, None, u, k, v)[0].tolist()
         [6.0, 6.0]
     """
-    hidden = x @ in_factor  # a step of its own: it keeps nothing, and higher derivatives pass through it
-    return _AdaptedLinear.apply(x, hidden, middle, weight, bias, out_factor, in_factor)
+    with _no_autocast(x):
+        hidden = x @ in_factor.to(x.dtype)  # a step of its own: higher derivatives pass through it
+        if torch._C._are_functorch_transforms_active():
+            return _add_thin(F.linear(x, weight.to(x.dtype), _to(bias, x)), hidden @ middle.to(x.dtype).T, out_factor.T)
+        return _AdaptedLinear.apply(x, hidden, middle, weight, bias, out_factor, in_factor)
 
 
-def forms_the_weight(tokens: int, weight: Tensor) -> bool:
+def forms_the_weight(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether it costs less to add the delta to the weight than to send so many tokens through the thin factors."""
     d_out, d_in = weight.shape
-    return tokens * (d_out + d_in) > d_out * d_in and weight.dtype in (torch.float32, torch.float64)
+    return tokens * (d_out + d_in) > d_out * d_in and dtype in (torch.float32, torch.float64)
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """`hidden` is ``x @ in_factor``; what its gradient would pass on to `x` is part of that of `x`."""
+    """`hidden` is ``x @ in_factor``; what its gradient would pass on to `x` is part of that of `x`.
 
-    generate_vmap_rule = True
+    Without a `setup_context`, for which torch 2.13 takes apart the signature of `forward` in every call: half of what
+    such a step costs in a small model.
+    """
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         hidden: Tensor,
         middle: Tensor,
@@ -70,25 +77,46 @@ class _AdaptedLinear(torch.autograd.Function):
         out_factor: Tensor,
         in_factor: Tensor,
     ) -> Tensor:
-        if forms_the_weight(x.numel() // x.shape[-1], weight):
-            return F.linear(x, torch.addmm(weight, out_factor, middle @ in_factor.T), bias)
-        return F.linear(x, weight, bias) + F.linear(hidden @ middle.T, out_factor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-        _, hidden, middle, weight, _, out_factor, in_factor = inputs
         ctx.save_for_backward(hidden, middle, weight, out_factor, in_factor)
+        if forms_the_weight(hidden.numel() // hidden.shape[-1], weight, x.dtype):
+            return F.linear(x, _formed(weight, out_factor, middle, in_factor, x.dtype), _to(bias, x))
+        base = F.linear(x, weight.to(x.dtype), _to(bias, x))
+        return _add_thin(base, hidden @ middle.to(x.dtype).T, out_factor.T)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, middle, weight, out_factor, in_factor = ctx.saved_tensors
-        narrow = gradient @ out_factor
         of_x = of_middle = None
-        if ctx.needs_input_grad[2]:
-            of_middle = narrow.flatten(0, -2).T @ hidden.flatten(0, -2)
-        if ctx.needs_input_grad[0]:
-            if forms_the_weight(gradient.numel() // gradient.shape[-1], weight):
-                of_x = gradient @ torch.addmm(weight, out_factor, middle @ in_factor.T)
-            else:
-                of_x = gradient @ weight + (narrow @ middle) @ in_factor.T
+        with _no_autocast(gradient):
+            narrow = gradient @ out_factor.to(gradient.dtype)
+            if ctx.needs_input_grad[2]:
+                of_middle = (_rows(narrow).T @ _rows(hidden)).to(middle.dtype)
+            if ctx.needs_input_grad[0]:
+                if forms_the_weight(hidden.numel() // hidden.shape[-1], weight, gradient.dtype):
+                    of_x = gradient @ _formed(weight, out_factor, middle, in_factor, gradient.dtype)
+                else:
+                    base = gradient @ weight.to(gradient.dtype)
+                    of_x = _add_thin(base, narrow @ middle.to(gradient.dtype), in_factor.T)
         return of_x, None, of_middle, None, None, None, None
+
+
+def _formed(weight: Tensor, out_factor: Tensor, middle: Tensor, in_factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.addmm(weight.to(dtype), out_factor.to(dtype), middle.to(dtype) @ in_factor.T.to(dtype))
+
+
+def _add_thin(base: Tensor, narrow: Tensor, factor: Tensor) -> Tensor:
+    """``base + narrow @ factor`` in one operation, in the dtype of `base`."""
+    return torch.addmm(_rows(base), _rows(narrow), factor.to(base.dtype)).view(base.shape)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _to(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(like.dtype)
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -109,13 +109,13 @@ class StackAdapter(nn.Module, ABC):
         return False
 
     def adapted_output(self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear) -> Float[Tensor, "... d_out"]:
-        """The output of the adapted layer, ``base(x) + delta_output(layer, x)``, all of one dtype and frozen base."""
+        """The output of the adapted layer, ``base(x) + delta_output(layer, x)``; the base is frozen."""
         return base(x) + self.delta_output(layer, x)
 
     @property
     def weight(self) -> nn.Parameter | None:
         """The first trained tensor, under the name by which PEFT's FSDP policy tells what to wrap by itself."""
-        return next(self.parameters(), None)
+        return next((parameter for parameter in self._parameters.values() if parameter is not None), None)
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """Two matrices whose product is `delta_weight(layer)`, of the smallest rank that it has (up to rounding)."""
@@ -244,8 +244,11 @@ class FactoredStackAdapter(StackAdapter):
 
     def _scaled_middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
         self.make_ready()
+        device = self.in_factor.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.middle(layer) if self.scaling == 1 else self.scaling * self.middle(layer)
         # Small, and a difference of nearly equal matrices: in its own precision, whatever autocast does to the rest.
-        with torch.autocast(self.in_factor.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return self.scaling * self.middle(layer)
 
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
@@ -278,6 +281,8 @@ class FactoredStackAdapter(StackAdapter):
         """In one step of the graph, see `craft_peft.fused`."""
         middle = self._scaled_middle(layer)  # first: it fills the factors if they were deferred
         out_factor, in_factor = self.factors()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return adapted_linear(x, base.weight, base.bias, out_factor, middle, in_factor)
 
 

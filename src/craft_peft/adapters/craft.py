@@ -198,19 +198,21 @@ class CraftAdapter(FactoredStackAdapter):
 
     def prepare(self) -> tuple[Tensor, ...]:
         r"""All :math:`K_l` at once, in the expanded form. Cost ``L r2 r3 (2 r1 + r2 + r3)``, nothing beside a batch."""
-        start = torch.tensordot(self.layer_factor, self.core, dims=1)
+        # As (out, layers, in): the products with the transforms are then one product each, not one a layer.
+        core = self.core.transpose(0, 1)
+        start = self.layer_factor @ core
         moved = None
         if self.layer_transform is not None:
-            moved = torch.tensordot(self.layer_factor @ self.layer_transform, self.core, dims=1)
+            moved = self.layer_factor @ self.layer_transform @ core
             start = start + moved
         if self.out_transform is not None:
-            start, moved = _continued(start, moved, self.out_transform @ start)
+            start, moved = _continued(start, moved, torch.tensordot(self.out_transform, start, dims=1))
         if self.in_transform is not None:
             start, moved = _continued(start, moved, start @ self.in_transform.T)
         if self.out_diagonals is not None and self.in_diagonals is not None:
-            start, moved = _continued(start, moved, self.out_diagonals[:, :, None] * start)
-            start, moved = _continued(start, moved, start * self.in_diagonals[:, None, :])
-        return (torch.zeros_like(start) if moved is None else moved).unbind()
+            start, moved = _continued(start, moved, self.out_diagonals.T[:, :, None] * start)
+            start, moved = _continued(start, moved, start * self.in_diagonals)
+        return (torch.zeros_like(start) if moved is None else moved).unbind(1)
 
     def transforms(self) -> dict[str, Float[Tensor, "rank rank"]]:
         """The matrices J (identity plus what was trained) by name; the identity for a mode that is not trained."""

@@ -55,20 +55,21 @@ class StackSlot(nn.Module):
         return holder[name]
 
     def fuses_with(self, x: Tensor, base_layer: nn.Module) -> bool:
-        """Whether base and adapter can be one step: a plain frozen layer that nobody watches, all of one dtype."""
+        """Whether base and adapter can be one step: a plain frozen layer that nobody watches."""
         if type(base_layer) is not nn.Linear or torch.compiler.is_compiling() or not self.adapter.fuses:
             return False
         weight, bias, trained = base_layer.weight, base_layer.bias, self.adapter.weight
         if trained is None:  # while FSDP 1 has its own tensors in the place of parameters
             return False
         trains_base = weight.requires_grad or (bias is not None and bias.requires_grad)
-        dtypes = {x.dtype, weight.dtype, trained.dtype}
+        autocast = torch.is_autocast_enabled(x.device.type)
+        # Autocast leaves float64 alone; else the layer by itself says which dtypes do not go together.
+        dtypes_fit = torch.float64 not in (x.dtype, weight.dtype) if autocast else x.dtype == weight.dtype
         # accelerate's offloading and DeepSpeed fetch the weights around a call of the layer.
         fetched = type(weight) is not nn.Parameter or hasattr(base_layer, "_hf_hook") or hasattr(weight, "ds_id")
         watched = base_layer._forward_hooks or base_layer._forward_pre_hooks or base_layer._backward_hooks
         drops = self.training and self.adapter.dropout > 0
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return len(dtypes) == 1 and not (trains_base or fetched or watched or drops or autocast)
+        return dtypes_fit and not (trains_base or fetched or watched or drops)
 
 
 class StackedLinear(nn.Module, BaseTunerLayer):

@@ -1,0 +1,268 @@
+"""A training step with CRAFT, beside other adapters and beside the floor: time, and bytes kept for the backward pass.
+
+    python benchmarks/step.py --output results/performance/step-cpu.json       # all settings; an hour on two cores
+    python benchmarks/step.py --quick                                          # tiny models: that the script runs
+    python benchmarks/step.py --settings main --sides craft,lora-8 --rounds 9  # one comparison
+
+The floor is the base model with all weights frozen: forward, and the gradients of the inputs. Every side adapts query
+and value of the same base, whose weights are random and which drops nothing; the optimizer is AdamW. Models of many
+layers are cut to their first few, since a step costs the same for each; the table says how many. In bytes kept for the
+backward pass each tensor counts once, and none that exists anyway (weights, factors).
+"""
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairs import describe_machine, ratio, take_turns, write
+from peft import LoraConfig, PsoftConfig, VeraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedModel, RobertaConfig, RobertaModel
+
+from craft_peft import CraftConfig, LotrConfig, SuperLoraConfig
+
+RANDOM = 1000  # tokens of the vocabulary: a step does not train embeddings
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A base model.
+
+    Args:
+        name: of the model whose sizes it has.
+        config: its config.
+        targets: its query and value projections.
+    """
+
+    name: str
+    config: PretrainedConfig
+    targets: tuple[str, ...] = ("query", "value")
+
+    def build(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return {"roberta": RobertaModel, "llama": LlamaModel}[self.config.model_type](self.config)
+
+
+def roberta(name: str, width: int, layers: int) -> Shape:
+    config = RobertaConfig(
+        vocab_size=RANDOM,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=width // 64 or 1,
+        num_hidden_layers=layers,
+        max_position_embeddings=1026,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return Shape(name, config)
+
+
+def llama(name: str, width: int, layers: int) -> Shape:
+    heads = width // 64 or 1
+    config = LlamaConfig(
+        vocab_size=RANDOM,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        num_hidden_layers=layers,
+        use_cache=False,
+    )
+    return Shape(name, config, ("q_proj", "v_proj"))
+
+
+SHAPES = {
+    "roberta-base": roberta("RoBERTa-base", 768, 12),
+    "roberta-large": roberta("RoBERTa-large, 6 layers", 1024, 6),
+    "llama": llama("Llama 3.2 1B, 2 layers", 2048, 2),
+    "tiny": roberta("tiny", 128, 2),
+    "tiny-llama": llama("tiny Llama", 128, 2),
+}
+
+ADAPTERS: dict[str, Callable[..., Any]] = {
+    "craft": CraftConfig,
+    "lora-8": lambda **targets: LoraConfig(r=8, **targets),
+    "lora-64": lambda **targets: LoraConfig(r=64, **targets),
+    "dora": lambda **targets: LoraConfig(r=8, use_dora=True, **targets),
+    "vera": lambda **targets: VeraConfig(r=256, **targets),
+    "lora-xs": lambda **targets: PsoftConfig(
+        r=41, psoft_alpha=41, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False, **targets
+    ),
+    "lotr": lambda **targets: LotrConfig(r=28, **targets),
+    "superlora": lambda **targets: SuperLoraConfig(r=8, **targets),
+}
+FLOOR, FULL = "floor", "full"
+THREE = (FLOOR, "craft", "lora-8")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison.
+
+    Args:
+        shape: key in `SHAPES`.
+        batch: rows.
+        length: tokens a row.
+        dtype: of the base model; adapters are float32, as PEFT makes them.
+        sides: which sides take turns.
+        rounds: how often each, if not told otherwise.
+    """
+
+    shape: str
+    batch: int
+    length: int
+    dtype: str = "float32"
+    sides: tuple[str, ...] = THREE
+    rounds: int = 5
+
+
+GRID = [(1, 16), (1, 128), (4, 128), (16, 128), (16, 512)]
+SETTINGS = {
+    "main": [Setting("roberta-base", 16, 128, sides=(FLOOR, *ADAPTERS, FULL), rounds=7)],
+    "grid": [
+        Setting(shape, batch, length, rounds=3 if batch * length > 2048 else 9 if batch * length < 512 else 5)
+        for shape in ("roberta-base", "roberta-large", "llama")
+        for batch, length in GRID
+    ],
+    "bfloat16": [
+        Setting(shape, batch, length, "bfloat16", rounds=5)
+        for shape in ("roberta-base", "llama")
+        for batch, length in GRID[:4]
+    ],
+}
+QUICK = [
+    Setting("tiny", 2, 16, sides=(FLOOR, *ADAPTERS, FULL), rounds=2),
+    Setting("tiny-llama", 2, 16, "bfloat16", rounds=2),
+]
+
+
+def make_side(name: str, base: PreTrainedModel, shape: Shape, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model with an adapter. All sides but `full` hold the very same base weights."""
+    if name == FULL:
+        return copy.deepcopy(base).requires_grad_(True)
+    model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    if name == FLOOR:
+        return model
+    ranks = {"ranks": (min(24, base.config.num_hidden_layers), *2 * (min(100, base.config.hidden_size // 4),))}
+    extra = ranks if name == "craft" else {}
+    return get_peft_model(model, ADAPTERS[name](target_modules=list(shape.targets), **extra))
+
+
+def make_step(model: nn.Module, embeddings: Tensor, weights: Tensor) -> Callable[[], None]:
+    """A training step as a function; for the floor, without trained weights, forward and the inputs' gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    inputs = embeddings if trained else embeddings.clone().requires_grad_()
+
+    def step() -> None:
+        (model(inputs_embeds=inputs).last_hidden_state * weights).sum().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        inputs.grad = None
+
+    return step
+
+
+@contextmanager
+def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps for the backward pass, without those of the model itself."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    found: dict[int, int] = {}
+    alive = []  # a storage that is freed and used again would count once
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+def saved_bytes(model: nn.Module, embeddings: Tensor) -> int:
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    inputs = embeddings if trains else embeddings.clone().requires_grad_()
+    with count_saved(model) as found:
+        model(inputs_embeds=inputs)
+    return sum(found.values())
+
+
+def compare(setting: Setting, sides: tuple[str, ...], rounds: int, device: str) -> dict[str, Any]:
+    shape, dtype = SHAPES[setting.shape], getattr(torch, setting.dtype)
+    base = shape.build().to(device=device, dtype=dtype).requires_grad_(False).train()
+    models = {name: make_side(name, base, shape, device, dtype).train() for name in sides}
+    torch.manual_seed(1)
+    size = (setting.batch, setting.length, base.config.hidden_size)
+    embeddings = torch.randn(size, device=device, dtype=dtype)
+    weights = torch.randn(size, device=device, dtype=dtype) / size[-1] ** 0.5
+    steps = {name: make_step(model, embeddings, weights) for name, model in models.items()}
+    seconds = take_turns(steps, rounds, device)
+    found: dict[str, Any] = {}
+    for name, model in models.items():
+        found[name] = {
+            "seconds": seconds[name],
+            "saved_bytes": saved_bytes(model, embeddings),
+            "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        }
+        for other in (FLOOR, "lora-8"):
+            if other in models:
+                found[name][f"of_{other}"] = ratio(seconds, name, other)
+        if device == "cuda":
+            found[name]["peak_bytes"] = peak_bytes(steps[name])
+    described = {"shape": shape.name, "layers": base.config.num_hidden_layers, "width": base.config.hidden_size}
+    return {**described, "batch": setting.batch, "length": setting.length, "dtype": setting.dtype, "sides": found}
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    title = "{shape}, {batch} x {length}, {dtype}".format(**result)
+    table = Table("side", "seconds", "of the floor", "of LoRA r = 8", "kept beyond the floor", "trained", title=title)
+    floor = result["sides"].get(FLOOR, {}).get("saved_bytes", 0)
+    for name, side in result["sides"].items():
+        ratios = [f"{side[key]:.3f}" if key in side else "" for key in ("of_floor", "of_lora-8")]
+        kept = f"{(side['saved_bytes'] - floor) / 2**20:,.1f} MiB"
+        table.add_row(name, f"{statistics.median(side['seconds']):.3f}", *ratios, kept, f"{side['trained']:,}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", default=",".join(SETTINGS), help=f"some of {', '.join(SETTINGS)} (default: all)")
+    parser.add_argument("--sides", help="some sides, between commas (default: those of the setting)")
+    parser.add_argument("--rounds", type=int, help="rounds of each setting (default: 3 to 9)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--quick", action="store_true", help="tiny models, two rounds")
+    arguments = parser.parse_args()
+    chosen = QUICK if arguments.quick else [s for name in arguments.settings.split(",") for s in SETTINGS[name]]
+    console, results = Console(), []
+    for setting in chosen:
+        sides = tuple(arguments.sides.split(",")) if arguments.sides else setting.sides
+        results.append(compare(setting, sides, arguments.rounds or setting.rounds, arguments.device))
+        show(results[-1], console)
+        write(arguments.output, {"device": arguments.device, "settings": results})
+    if arguments.output is None:
+        console.print(describe_machine()["processor"])
+
+
+if __name__ == "__main__":
+    main()
