@@ -9,12 +9,13 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help:
 	@echo "make demo   create $(VENV), install, run the demo (DEMO_ARGS='--text \"...\"' passes options on)"
 	@echo "make test   create $(VENV), install, check the style, run all tests"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make bench  measure the figures of docs/performance.md again: over an hour, on a machine with nothing else to do"
 	@echo "make clean  remove $(VENV) and what the tools cache"
 
 demo: $(VENV)/demo.installed
@@ -27,6 +28,13 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+FIGURES := results/performance
+
+bench: $(VENV)/dev.installed
+	$(OFFLINE) $(BIN)/python benchmarks/step.py --output $(FIGURES)/step-cpu.json
+	$(BIN)/python benchmarks/plots.py
+	$(BIN)/python docs/build.py
 
 # torch first and by itself, so that no other package's range chooses a bigger build.
 $(VENV)/torch.installed: constraints.txt

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from pairs import describe_machine, ratio, take_turns, write
-from peft import LoraConfig, PsoftConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PsoftConfig, VeraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedMo
 
 from craft_peft import CraftConfig, LotrConfig, SuperLoraConfig
 
-RANDOM = 1000  # tokens of the vocabulary: a step does not train embeddings
+VOCABULARY = 1000  # small: a step does not train embeddings
+WIDTHS, DEPTHS, RANKS = (256, 512, 1024, 2048), (2, 4, 8, 16), (8, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Shape:
 
 def roberta(name: str, width: int, layers: int) -> Shape:
     config = RobertaConfig(
-        vocab_size=RANDOM,
+        vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=4 * width,
         num_attention_heads=width // 64 or 1,
@@ -68,7 +69,7 @@ def roberta(name: str, width: int, layers: int) -> Shape:
 def llama(name: str, width: int, layers: int) -> Shape:
     heads = width // 64 or 1
     config = LlamaConfig(
-        vocab_size=RANDOM,
+        vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=4 * width,
         num_attention_heads=heads,
@@ -85,12 +86,11 @@ SHAPES = {
     "llama": llama("Llama 3.2 1B, 2 layers", 2048, 2),
     "tiny": roberta("tiny", 128, 2),
     "tiny-llama": llama("tiny Llama", 128, 2),
+    **{f"width-{width}": roberta(f"width {width}", width, 4) for width in WIDTHS},
+    **{f"depth-{depth}": roberta(f"depth {depth}", 512, depth) for depth in DEPTHS},
 }
 
 ADAPTERS: dict[str, Callable[..., Any]] = {
-    "craft": CraftConfig,
-    "lora-8": lambda **targets: LoraConfig(r=8, **targets),
-    "lora-64": lambda **targets: LoraConfig(r=64, **targets),
     "dora": lambda **targets: LoraConfig(r=8, use_dora=True, **targets),
     "vera": lambda **targets: VeraConfig(r=256, **targets),
     "lora-xs": lambda **targets: PsoftConfig(
@@ -100,7 +100,10 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "superlora": lambda **targets: SuperLoraConfig(r=8, **targets),
 }
 FLOOR, FULL = "floor", "full"
+CRAFT_RANK = 100
+OF_RANK = tuple(f"{name}-{rank}" for name in ("craft", "lora") for rank in RANKS)
 THREE = (FLOOR, "craft", "lora-8")
+ALL = (*THREE, "lora-64", *ADAPTERS, FULL)
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,16 @@ class Setting:
 
 GRID = [(1, 16), (1, 128), (4, 128), (16, 128), (16, 512)]
 SETTINGS = {
-    "main": [Setting("roberta-base", 16, 128, sides=(FLOOR, *ADAPTERS, FULL), rounds=7)],
+    "main": [Setting("roberta-base", 16, 128, sides=ALL, rounds=5)],
     "grid": [
-        Setting(shape, batch, length, rounds=3 if batch * length > 2048 else 9 if batch * length < 512 else 5)
+        Setting(shape, batch, length, rounds=2 if batch * length > 2048 else 11 if batch * length < 512 else 4)
         for shape in ("roberta-base", "roberta-large", "llama")
         for batch, length in GRID
+    ],
+    "growth": [
+        *(Setting(f"width-{width}", 4, 64) for width in WIDTHS),
+        *(Setting(f"depth-{depth}", 4, 64) for depth in DEPTHS),
+        Setting("width-512", 4, 64, sides=(FLOOR, *OF_RANK)),
     ],
     "bfloat16": [
         Setting(shape, batch, length, "bfloat16", rounds=5)
@@ -139,7 +147,7 @@ SETTINGS = {
     ],
 }
 QUICK = [
-    Setting("tiny", 2, 16, sides=(FLOOR, *ADAPTERS, FULL), rounds=2),
+    Setting("tiny", 2, 16, sides=ALL, rounds=2),
     Setting("tiny-llama", 2, 16, "bfloat16", rounds=2),
 ]
 
@@ -151,9 +159,18 @@ def make_side(name: str, base: PreTrainedModel, shape: Shape, device: str, dtype
     model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     if name == FLOOR:
         return model
-    ranks = {"ranks": (min(24, base.config.num_hidden_layers), *2 * (min(100, base.config.hidden_size // 4),))}
-    extra = ranks if name == "craft" else {}
-    return get_peft_model(model, ADAPTERS[name](target_modules=list(shape.targets), **extra))
+    return get_peft_model(model, adapter_config(name, base.config, list(shape.targets)))
+
+
+def adapter_config(name: str, base: PretrainedConfig, targets: list[str]) -> PeftConfig:
+    """Of `ADAPTERS`, or CRAFT or LoRA of the rank that the name ends with."""
+    if name in ADAPTERS:
+        return ADAPTERS[name](target_modules=targets)
+    method, _, rank = name.partition("-")
+    if method == "lora":
+        return LoraConfig(r=int(rank), target_modules=targets)
+    width = min(base.hidden_size, int(rank or CRAFT_RANK))
+    return CraftConfig(ranks=(base.num_hidden_layers, width, width), target_modules=targets)
 
 
 def make_step(model: nn.Module, embeddings: Tensor, weights: Tensor) -> Callable[[], None]:
