@@ -91,7 +91,7 @@ def test_it_keeps_one_narrow_matrix_for_the_backward_pass(tokens):
 @pytest.mark.parametrize("tokens", [(1, 3), (16, 64)])
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_beside_float32_factors(tokens, base_dtype):
-    """A base in bfloat16, or one in float32 under autocast: values, gradients, and no matrix but the narrow one kept."""
+    """A base in bfloat16, or in float32 under autocast: values, gradients, and no matrix but the narrow one kept."""
     sizes = (48, 32, 8, 4)
     exact = operands(tokens, torch.float64, sizes)
     given_ = operands(tokens, torch.float32, sizes)

@@ -20,6 +20,8 @@ Example:
 from .errors import CraftError as CraftError
 from .plugin.bases import fit_bases as fit_bases
 from .plugin.craft_config import CraftConfig as CraftConfig
+from .plugin.loading import load_adapter as load_adapter
+from .plugin.loading import save_adapter as save_adapter
 from .plugin.lotr_config import LotrConfig as LotrConfig
 from .plugin.registration import register_methods
 from .plugin.superlora_config import SuperLoraConfig as SuperLoraConfig

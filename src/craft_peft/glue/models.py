@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging as hf_logging
 
 from ..errors import CraftError
+from ..plugin.loading import load_adapter
 from .runs import RunFolder
 from .tasks import Task
 
@@ -189,17 +190,9 @@ def load_trained(folder: str | Path, model: str | None = None) -> TrainedModel:
     base, _ = load_base(model or metadata["settings"]["model"], task)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(run.path)
-        try:
-            adapted = PeftModel.from_pretrained(base, str(run.path))
-        except CraftError:
-            raise
-        except (ValueError, RuntimeError) as error:
-            raise CraftError(
-                f"The adapter in {run.path} does not fit the base model `{model or metadata['settings']['model']}`: "
-                f"{_first_line(error)} Give the base model that it was trained on."
-            ) from error
+        adapted = load_adapter(base, run.path)
     base.config.pad_token_id = tokenizer.pad_token_id
-    return TrainedModel(adapted.eval(), tokenizer, task, metadata["settings"])
+    return TrainedModel(adapted, tokenizer, task, metadata["settings"])
 
 
 def choose_precision(wish: str, width: int) -> str:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -14,6 +15,8 @@ from peft import PeftConfig
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
 from ..weights import StackShape
+from .adapter_files import checksum_in
+from .field_types import check_types
 from .stacks import Together
 
 
@@ -75,6 +78,11 @@ class StackConfig(PeftConfig):
         default=None, metadata={"help": "The version of craft-peft that wrote this config. Leave empty to fill in."}
     )
 
+    tensors_sha256: str | None = field(
+        default=None,
+        metadata={"help": "The checksum of the tensors saved beside this config. Filled in when they are saved."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # A config that was read from a file comes with a version. Its adapter is about to be loaded, so what the file
@@ -88,7 +96,13 @@ class StackConfig(PeftConfig):
         )
         self._check_fields()
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT, which saves the tensors first: with their checksum."""
+        self.tensors_sha256 = checksum_in(Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
+
     def _check_fields(self) -> None:
+        check_types(self)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise CraftError(
                 "`layers_to_transform` cannot be used when `target_modules` is a string: select the layers in the "

@@ -1,0 +1,208 @@
+"""Adapters as folders: loading one from somebody else, and saving one so that no reader ever meets half of it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from torch import Tensor, nn
+
+from ..errors import CraftError
+from .adapter_files import read_config, read_tensors
+
+
+def load_adapter(
+    base_model: nn.Module, folder: str | Path, adapter_name: str = "default", *, is_trainable: bool = False
+) -> PeftModel:
+    """Load a saved adapter that may come from anybody: check first, load then, and change nothing if it fails.
+
+    What `peft.PeftModel.from_pretrained` does, for a local folder, after these checks: only the two files of the
+    adapter are read, and only in that folder; no file can run code; every field of the config has its type and range;
+    the tensors are those that the config asks for on this base model, by name, shape and kind, are finite, and have the
+    checksum that the config was saved with. Nothing is allocated for an adapter before its tensors fit.
+
+    Args:
+        base_model: the pretrained model, or a `peft.PeftModel` that gets one adapter more.
+        folder: what `save_pretrained` wrote.
+        adapter_name: the name it gets in the model. It becomes the active one on a fresh base model only.
+        is_trainable: whether to train it further; otherwise it is frozen and the model in evaluation mode.
+
+    Returns:
+        The model with the adapter: a new one, or the `peft.PeftModel` that was given.
+
+    Raises:
+        CraftError: anything that is wrong with the folder, or that does not fit the base model, which is then as it was
+            before, bit for bit.
+
+    Cost:
+        Beside the base model, memory for the file twice.
+
+    Example:
+        >>> import copy, tempfile
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> from craft_peft import CraftConfig, load_adapter, save_adapter
+        >>> base = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        >>> model = get_peft_model(copy.deepcopy(base), CraftConfig(target_modules=["0", "1", "2"], ranks=(1, 4, 3)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, f"{folder}/mine")
+        ...     load_adapter(base, f"{folder}/mine").active_adapter
+        'default'
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder, config)
+    if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
+        raise CraftError(f"There is an adapter '{adapter_name}' already. Give this one another name.")
+    config.inference_mode = not is_trainable
+    with _unchanged_on_failure(base_model):
+        try:
+            model = _with_empty_adapter(base_model, config, adapter_name)
+            _check_fit(
+                get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False), tensors
+            )
+            set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=True)
+            _check_filled(model, adapter_name)
+        except CraftError as error:
+            raise CraftError(f"The adapter in {folder} cannot be loaded on this base model. {error}") from error
+        except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            line = str(error).strip().partition("\n")[0]
+            raise CraftError(f"The adapter in {folder} cannot be loaded on this base model: {line}") from error
+    if is_trainable:
+        model.set_requires_grad(adapter_name)
+        return model
+    return model.eval()
+
+
+def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Save an adapter as `save_pretrained` does, all at once: a reader finds the old folder or the new one.
+
+    It is written beside the folder and then takes its place in one step, so that a killed process or a full disk leaves
+    the old folder as it was. The config holds the checksum of the tensors.
+
+    Args:
+        model: holds the adapter.
+        folder: new, or an adapter that is replaced; files that an adapter does not have are carried over.
+        adapter_name: which adapter.
+
+    Raises:
+        CraftError: no such adapter; the folder is a file.
+    """
+    folder = Path(folder)
+    if adapter_name not in model.peft_config:
+        raise CraftError(f"There is no adapter '{adapter_name}'. The model has {', '.join(model.peft_config)}.")
+    if folder.exists() and not folder.is_dir():
+        raise CraftError(f"{folder} is a file. Give a folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
+        staged = Path(staging) / "adapter"
+        if folder.exists():
+            shutil.copytree(folder, staged, symlinks=True)
+        model.save_pretrained(staging, selected_adapters=[adapter_name])
+        written = Path(staging) if adapter_name == "default" else Path(staging) / adapter_name
+        staged.mkdir(exist_ok=True)
+        for file in [path for path in written.iterdir() if path.is_file()]:
+            os.replace(file, staged / file.name)
+        _flush(staged)
+        replace_folder(staged, folder)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put a folder in the place of another in one step; the other ends up where the first was.
+
+    Where the system has no such step (neither Linux nor macOS), the old one is out of its place for a moment.
+    """
+    if not old.exists():
+        os.rename(new, old)
+    elif not _exchange(new, old):
+        aside = new.with_name(f"{new.name}-replaced")
+        os.rename(old, aside)
+        os.rename(new, old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+    names = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        failed = libc.renameat2(here, names[0], here, names[1], exchange)
+    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
+    else:
+        return False
+    if failed and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # not on this file system
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+    return not failed
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk hold the files before they take another's place."""
+    for path in [*folder.rglob("*"), folder]:
+        if os.name == "posix" and not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _with_empty_adapter(base_model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
+    """The model with the adapter's tensors on the meta device, where they take no memory."""
+    if isinstance(base_model, PeftModel):
+        base_model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+        return base_model
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    return kind(base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=True)
+
+
+def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    for names, what in ((missing, "It lacks"), (extra, "Its config does not ask for")):
+        if names:
+            listed = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
+            raise CraftError(f"{what} the tensor{'s' * (len(names) > 1)} {listed}.")
+    for name, tensor in found.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
+            raise CraftError(
+                f"The tensor '{name}' is {tuple(tensor.shape)} of {tensor.dtype}; the config and the base model ask "
+                f"for {tuple(wanted.shape)} of {wanted.dtype}."
+            )
+
+
+def _check_filled(model: nn.Module, adapter_name: str) -> None:
+    for name, tensor in model.named_parameters():
+        if f".{adapter_name}." in f"{name}." and tensor.is_meta:
+            raise CraftError(f"The file has nothing for '{name}'.")
+
+
+@contextmanager
+def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Within it an error takes back every change of modules, hooks, attributes and of what is trained."""
+    before = [(module, _parts(module)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, parts in before:
+            module.__dict__.clear()
+            module.__dict__.update(parts)
+        with torch.no_grad():
+            for parameter, was_trained in trained:
+                parameter.requires_grad_(was_trained)
+        raise
+
+
+def _parts(module: nn.Module) -> dict[str, object]:
+    """The attributes of a module, with copies of the containers in which it keeps others."""
+    return {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
