@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..tucker import hosvd, mode_product
+from ..slices import mode_product
+from ..tucker import hosvd
 from ..weights import ReadWeights, StackShape, stack_weights
 from .base import FactoredStackAdapter
 

@@ -16,7 +16,8 @@ from ..errors import CraftError
 from ..plugin.craft_config import MODES, CraftConfig
 from ..plugin.stacks import collect_stacks
 from ..plugin.tuner import find_targets, set_default_targets
-from ..tucker import Tucker, hosvd, unfold
+from ..slices import unfold
+from ..tucker import Tucker, hosvd
 from ..weights import StackShape, stack_weights
 from .models import quiet_transformers, resolve_model_name
 
