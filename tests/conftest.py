@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CRAFT_CACHE"] = "off"  # tests of the cache name a folder of their own
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest

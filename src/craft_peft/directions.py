@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .slices import BlockedMatrix, as_double
+from .slices import BlockedMatrix
 
 FindDirections = Callable[[BlockedMatrix, int], Tensor]
 """Gives so many leading left singular vectors of a matrix."""
@@ -27,6 +27,7 @@ KRYLOV_STEPS = 6
 """Products with the matrix and its transpose. See `krylov_directions` for what they reach."""
 
 _STRIPE = 256  # rows of a Gram matrix that are added at a time: what is right of the diagonal is left out
+_BLOCK = 32  # columns: products with other numbers of columns take longer
 _EIGH = 13.0  # an eigendecomposition of n rows takes as long as 13 n^3 products and sums of the same precision
 _PLAIN_RANGE = (1e-30, 1e30)  # largest entries with which products of three matrices stay within float32
 
@@ -45,7 +46,7 @@ def exact_directions(matrix: BlockedMatrix, rank: int) -> Float[Tensor, "rows ra
     """
     if matrix.rows <= matrix.columns:
         return _canonical(_leading_eigenvectors(_gram(matrix), rank))
-    whole = torch.cat([as_double(block, matrix.scale) for block in matrix.read()], dim=1)
+    whole = torch.cat([_as_double(block, matrix.scale) for block in matrix.read()], dim=1)
     basis, triangle = torch.linalg.qr(whole)  # a Gram matrix of a vocabulary would not fit in memory
     vectors = basis @ torch.linalg.svd(triangle).U[:, :rank]
     if rank > matrix.columns:  # what is left are directions in which the matrix is 0: any that are orthogonal
@@ -89,9 +90,14 @@ def cheaper_directions(matrix: BlockedMatrix, rank: int) -> Float[Tensor, "rows 
     return (krylov_directions if _krylov_pays(matrix.rows, matrix.columns, rank) else exact_directions)(matrix, rank)
 
 
+def passes(rows: int, columns: int, rank: int, randomized: bool) -> int:
+    """How often `cheaper_directions`, or else `exact_directions`, reads a matrix."""
+    return KRYLOV_STEPS if randomized and _krylov_pays(rows, columns, rank) else 1
+
+
 def krylov_size(rank: int) -> int:
     """How many dimensions the space has in which `krylov_directions` looks for so many directions."""
-    return KRYLOV_STEPS * (rank // 2 + 10)
+    return KRYLOV_STEPS * _BLOCK * -(-(rank // 2 + 10) // _BLOCK)
 
 
 def exact_cost(rows: int, columns: int) -> float:
@@ -118,14 +124,19 @@ def _krylov_cost(rows: int, columns: int, rank: int) -> float:
     return 4.0 * rows * columns * size + 2 * (6 * rows * size**2 + _EIGH * size**3)
 
 
+def _as_double(block: Tensor, scale: float) -> Tensor:
+    return block.to(torch.float64, copy=True).div_(scale)
+
+
 def _gram(matrix: BlockedMatrix) -> Tensor:
     """The products of all pairs of rows, in float64; what is above the diagonal stripes is copied from below."""
     gram = torch.zeros(matrix.rows, matrix.rows, dtype=torch.float64, device=matrix.device)
     for block in matrix.read():
-        block = as_double(block, matrix.scale)
+        block = _as_double(block, matrix.scale)
         for start in range(0, matrix.rows, _STRIPE):
             stop = start + _STRIPE
             gram[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)
+        del block  # before the next one is read
     return gram.tril() + gram.tril(-1).T
 
 
@@ -139,6 +150,7 @@ def _gram_product(matrix: BlockedMatrix, vectors: Tensor) -> Tensor:
             block, scale = block / scale, 1.0
         inner = block.T @ vectors.to(block.dtype) / scale
         product += (block @ inner).double() / scale
+        del block, inner  # before the next one is read
     return product
 
 
@@ -146,7 +158,7 @@ def _orthonormal_beside(basis: Tensor, vectors: Tensor) -> Tensor:
     """Orthonormal vectors that span, beside an orthonormal basis, what the given vectors add to it."""
     for _ in range(2):  # once leaves what rounding of nearly dependent vectors left
         vectors = torch.linalg.qr(vectors - basis @ (basis.T @ vectors)).Q
-    if torch.linalg.vector_norm(basis.T @ vectors) > 1e-11:  # they add nothing in some direction: any others that are orthogonal
+    if torch.linalg.vector_norm(basis.T @ vectors) > 1e-11:  # they add nothing in some direction: any other does
         vectors = torch.linalg.qr(torch.cat([basis, vectors], dim=1)).Q[:, basis.shape[1] :]
     return vectors
 

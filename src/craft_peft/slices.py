@@ -7,7 +7,7 @@ or split over processes, and need not fit in memory a second time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol, runtime_checkable
 
@@ -61,7 +61,8 @@ class SlicedTensor:
         slices: along the first mode.
         shape: of the whole tensor.
         scale: about the largest absolute entry.
-        dtype: of what is computed from it in the end: at least float32.
+        dtype: at least float32: of what is computed from it in the end.
+        precision: of projections on the way, the same or float64.
         device: that of the first slice, to which the others are brought.
     """
 
@@ -69,11 +70,12 @@ class SlicedTensor:
     shape: tuple[int, ...]
     scale: float
     dtype: torch.dtype
+    precision: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, slices: Slices) -> SlicedTensor:
-        """With what one pass over the slices tells.
+        """With what one pass over the slices tells, for projections in float64.
 
         Raises:
             CraftError: NaN or infinity in it.
@@ -83,16 +85,21 @@ class SlicedTensor:
             slice_ = slices[index].detach()
             if index == 0:
                 shape, dtype, device = (len(slices), *slice_.shape), slice_.dtype, slice_.device
-            largest.append(torch.linalg.vector_norm(slice_, ord=torch.inf).to(device, torch.float64))
+            largest.append(torch.stack(slice_.aminmax()).to(device, torch.float64).abs())
+            del slice_  # before the next one is read
         scale = torch.stack(largest).amax()  # NaN or infinite if any entry is
         if not torch.isfinite(scale):
             raise CraftError("The tensor to decompose holds NaN or infinity. Check the weights that it was made from.")
         scale = scale.clamp_min(torch.finfo(torch.float64).tiny)
-        return cls(slices, shape, scale.item(), torch.promote_types(dtype, torch.float32), device)
+        return cls(slices, shape, scale.item(), torch.promote_types(dtype, torch.float32), torch.float64, device)
 
     def read(self, index: int) -> Tensor:
         """One slice as it is."""
         return self.slices[index].detach().to(self.device)
+
+    def scaled(self, index: int) -> Tensor:
+        """One slice divided by the scale, a new tensor, as projections take it."""
+        return self.read(index).to(self.precision, copy=True).div_(self.scale)
 
     def unfolded(self, mode: int) -> BlockedMatrix:
         """`unfold` of the tensor, in blocks of about the size of a slice."""
@@ -100,25 +107,25 @@ class SlicedTensor:
         read = self._slabs if mode == 0 else lambda: (unfold(self.read(i), mode - 1) for i in range(self.shape[0]))
         return BlockedMatrix(size, prod(self.shape) // size, read, self.scale, self.device)
 
-    @property
-    def slabs(self) -> int:
-        """In how many blocks `unfolded(0)` comes; for each, every slice is read."""
-        rows = self.shape[1] if len(self.shape) > 1 else 1
-        return -(-rows // max(1, rows // self.shape[0]))
-
     def _slabs(self) -> Iterator[Tensor]:
         """The same few rows of all slices, side by side, and so on: together as large as one slice."""
-        rows = self.shape[1] if len(self.shape) > 1 else 1
-        step = max(1, rows // self.shape[0])
+        rows, step = _rows_and_step(self.shape)
         for start in range(0, rows, step):
-            parts = (torch.atleast_1d(self.read(i))[start : start + step] for i in range(self.shape[0]))
-            yield torch.stack([part.reshape(-1) for part in parts])
+            slab = torch.empty(0)
+            for index in range(self.shape[0]):
+                part = torch.atleast_1d(self.read(index))[start : start + step].reshape(-1)
+                if index == 0:
+                    slab = part.new_empty(self.shape[0], len(part))
+                slab[index] = part
+                del part  # it may keep all of its slice in memory
+            yield slab
 
     def projected(self, factors: Sequence[Tensor], skip: int | None = None) -> Float[Tensor, ...]:
-        """The tensor, divided by its scale, times the transposed factors in all modes but `skip`; in float64."""
+        """The tensor, divided by its scale, times the transposed factors in all modes but `skip`."""
+        factors = [factor.to(self.precision) for factor in factors]
         found = []
         for index in range(self.shape[0]):
-            slice_ = as_double(self.read(index), self.scale)
+            slice_ = self.scaled(index)
             for mode, factor in enumerate(factors[1:], start=1):
                 if mode != skip:
                     slice_ = mode_product(slice_, factor.T, mode - 1)
@@ -128,15 +135,21 @@ class SlicedTensor:
 
     def truncated(self, factor: Float[Tensor, "size rank"], mode: int) -> SlicedTensor:
         """The tensor times a transposed factor in one mode after the first, in memory."""
-        sizes = range(self.shape[0])
-        slices = [mode_product(as_double(self.read(i), self.scale), factor.T, mode - 1).contiguous() for i in sizes]
+        turned = factor.T.to(self.precision)
+        slices = [mode_product(self.scaled(i), turned, mode - 1).contiguous() for i in range(self.shape[0])]
         shape = (*self.shape[:mode], factor.shape[1], *self.shape[mode + 1 :])
-        return SlicedTensor(slices, shape, 1.0, self.dtype, self.device)
+        return replace(self, slices=slices, shape=shape, scale=1.0)
 
 
-def as_double(tensor: Float[Tensor, ...], scale: float) -> Float[Tensor, ...]:
-    """A new tensor in float64, divided by a number."""
-    return tensor.to(torch.float64, copy=True).div_(scale)
+def slabs_of(shape: Sequence[int]) -> int:
+    """In how many blocks `SlicedTensor.unfolded(0)` comes; for each, every slice is read."""
+    rows, step = _rows_and_step(shape)
+    return -(-rows // step)
+
+
+def _rows_and_step(shape: Sequence[int]) -> tuple[int, int]:
+    rows = shape[1] if len(shape) > 1 else 1
+    return rows, max(1, rows // shape[0])
 
 
 def unfold(tensor: Float[Tensor, ...], mode: int) -> Float[Tensor, "size rest"]:
