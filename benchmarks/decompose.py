@@ -23,8 +23,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def compare(shape: tuple[int, ...], spectrum: str, sides: list[str], arguments: 
     energies: dict[str, float] = {}
     for _ in range(arguments.rounds):
         for side in sides:
-            spent, found = seconds_of(lambda side=side: SIDES[side](tensor, ranks_of(shape)), arguments.device)
+            spent, found = seconds_of(partial(SIDES[side], tensor, ranks_of(shape)), arguments.device)
             seconds[side].append(spent)
             if side not in energies:
                 energies[side] = explained_energy(tensor, found).item()
@@ -264,7 +265,44 @@ def write(path: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> Non
     kept = [row for row in old["rows"] if name(row) not in map(name, rows)]
     everything = sorted(kept + rows, key=lambda row: (row["shape"][1], row["shape"][0], row["spectrum"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**old, **result, "rows": everything}, indent=1) + "\n")
+    content = {**old, **result, "rows": everything, "fitted": fit_depth(everything)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def fit_depth(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Seconds of "auto" for 80 layers of width 8192, on the line through what fewer layers of that width took."""
+    wide = [row for row in rows if row["shape"][1:] == [8192, 8192] and row["spectrum"] == "flat"]
+    if len(wide) < 2:
+        return None
+    layers = [row["shape"][0] for row in wide]
+    taken = [median(row["sides"]["auto"]["seconds"]) for row in wide]
+    each, fixed = linear_regression(layers, taken)
+    return {"layers": layers, "taken": taken, "each": each, "fixed": fixed, "seconds": fixed + 80 * each}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time against width, at 12 layers, and against depth, at width 768: flat spectra, logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    flat = [row for row in rows if row["spectrum"] == "flat"]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = ((axes[0], "width (12 layers)", 1, 0, 12), (axes[1], "layers (width 768)", 0, 1, 768))
+    for axis, label, along, across, fixed in panels:
+        for side in SIDES:
+            points = [
+                (row["shape"][along], median(row["sides"][side]["seconds"]))
+                for row in flat
+                if row["shape"][across] == fixed and row["shape"][1] == row["shape"][2] and side in row["sides"]
+            ]
+            if len(points) > 1:
+                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=side)
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -279,6 +317,7 @@ def main() -> None:
     parser.add_argument("--name", help="what to call that encoder (default: the folder's name)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="add the figures to this JSON file")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="draw what is in the file of --output")
     parser.add_argument("--quick", action="store_true", help="small shapes, once, all sides")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -309,6 +348,8 @@ def main() -> None:
         result["model"] = arguments.name or Path(arguments.model).name
     if arguments.output:
         write(arguments.output, result, rows)
+        if arguments.plot:
+            draw(json.loads(arguments.output.read_text())["rows"], arguments.plot)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -46,7 +47,8 @@ def exact_directions(matrix: BlockedMatrix, rank: int) -> Float[Tensor, "rows ra
     """
     if matrix.rows <= matrix.columns:
         return _canonical(_leading_eigenvectors(_gram(matrix), rank))
-    whole = torch.cat([_as_double(block, matrix.scale) for block in matrix.read()], dim=1)
+    # `map` lets a block go before the next one is read.
+    whole = torch.cat(list(map(partial(_as_double, scale=matrix.scale), matrix.read())), dim=1)
     basis, triangle = torch.linalg.qr(whole)  # a Gram matrix of a vocabulary would not fit in memory
     vectors = basis @ torch.linalg.svd(triangle).U[:, :rank]
     if rank > matrix.columns:  # what is left are directions in which the matrix is 0: any that are orthogonal
