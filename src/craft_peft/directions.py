@@ -144,13 +144,13 @@ def _gram(matrix: BlockedMatrix) -> Tensor:
 
 def _gram_product(matrix: BlockedMatrix, vectors: Tensor) -> Tensor:
     """The product of the Gram matrix with some vectors, without the Gram matrix."""
-    product = torch.zeros_like(vectors)
+    product, narrow = torch.zeros_like(vectors), vectors
     for block in matrix.read():
         block = block.to(torch.promote_types(block.dtype, torch.float32))
-        scale = matrix.scale
+        narrow, scale = narrow.to(block.dtype), matrix.scale
         if not _PLAIN_RANGE[0] < scale < _PLAIN_RANGE[1]:
             block, scale = block / scale, 1.0
-        inner = block.T @ vectors.to(block.dtype) / scale
+        inner = block.T @ narrow / scale
         product += (block @ inner).double() / scale
         del block, inner  # before the next one is read
     return product
@@ -159,7 +159,8 @@ def _gram_product(matrix: BlockedMatrix, vectors: Tensor) -> Tensor:
 def _orthonormal_beside(basis: Tensor, vectors: Tensor) -> Tensor:
     """Orthonormal vectors that span, beside an orthonormal basis, what the given vectors add to it."""
     for _ in range(2):  # once leaves what rounding of nearly dependent vectors left
-        vectors = torch.linalg.qr(vectors - basis @ (basis.T @ vectors)).Q
+        vectors = vectors - basis @ (basis.T @ vectors)
+    vectors = torch.linalg.qr(vectors).Q
     if torch.linalg.vector_norm(basis.T @ vectors) > 1e-11:  # they add nothing in some direction: any other does
         vectors = torch.linalg.qr(torch.cat([basis, vectors], dim=1)).Q[:, basis.shape[1] :]
     return vectors

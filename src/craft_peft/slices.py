@@ -60,10 +60,11 @@ class SlicedTensor:
     Args:
         slices: along the first mode.
         shape: of the whole tensor.
-        scale: about the largest absolute entry.
+        scale: about the largest absolute entry; what is squared is divided by it.
         dtype: at least float32: of what is computed from it in the end.
         precision: of projections on the way, the same or float64.
         device: that of the first slice, to which the others are brought.
+        unfolds_at_once: whether it is small enough to be copied as a whole.
     """
 
     slices: Slices
@@ -72,6 +73,7 @@ class SlicedTensor:
     dtype: torch.dtype
     precision: torch.dtype
     device: torch.device
+    unfolds_at_once: bool = False
 
     @classmethod
     def of(cls, slices: Slices) -> SlicedTensor:
@@ -97,15 +99,20 @@ class SlicedTensor:
         """One slice as it is."""
         return self.slices[index].detach().to(self.device)
 
-    def scaled(self, index: int) -> Tensor:
-        """One slice divided by the scale, a new tensor, as projections take it."""
-        return self.read(index).to(self.precision, copy=True).div_(self.scale)
-
     def unfolded(self, mode: int) -> BlockedMatrix:
-        """`unfold` of the tensor, in blocks of about the size of a slice."""
+        """`unfold` of the tensor, in blocks of about the size of a slice unless it is small."""
         size = self.shape[mode]
+        if self.unfolds_at_once:
+            whole = unfold(self.whole(), mode)
+            return BlockedMatrix(size, whole.shape[1], lambda: iter([whole]), self.scale, self.device)
         read = self._slabs if mode == 0 else lambda: (unfold(self.read(i), mode - 1) for i in range(self.shape[0]))
         return BlockedMatrix(size, prod(self.shape) // size, read, self.scale, self.device)
+
+    def whole(self) -> Tensor:
+        """All slices as one tensor."""
+        if isinstance(self.slices, Tensor):
+            return self.slices
+        return torch.stack([self.read(index) for index in range(self.shape[0])])
 
     def _slabs(self) -> Iterator[Tensor]:
         """The same few rows of all slices, side by side, and so on: together as large as one slice."""
@@ -121,11 +128,11 @@ class SlicedTensor:
             yield slab
 
     def projected(self, factors: Sequence[Tensor], skip: int | None = None) -> Float[Tensor, ...]:
-        """The tensor, divided by its scale, times the transposed factors in all modes but `skip`."""
+        """The tensor times the transposed factors in all modes but `skip`."""
         factors = [factor.to(self.precision) for factor in factors]
         found = []
         for index in range(self.shape[0]):
-            slice_ = self.scaled(index)
+            slice_ = self.read(index).to(self.precision)
             for mode, factor in enumerate(factors[1:], start=1):
                 if mode != skip:
                     slice_ = mode_product(slice_, factor.T, mode - 1)
@@ -135,10 +142,12 @@ class SlicedTensor:
 
     def truncated(self, factor: Float[Tensor, "size rank"], mode: int) -> SlicedTensor:
         """The tensor times a transposed factor in one mode after the first, in memory."""
-        turned = factor.T.to(self.precision)
-        slices = [mode_product(self.scaled(i), turned, mode - 1).contiguous() for i in range(self.shape[0])]
         shape = (*self.shape[:mode], factor.shape[1], *self.shape[mode + 1 :])
-        return replace(self, slices=slices, shape=shape, scale=1.0)
+        turned = factor.T.to(self.precision)
+        slices = turned.new_empty(shape)
+        for index in range(self.shape[0]):
+            slices[index] = mode_product(self.read(index).to(self.precision), turned, mode - 1)
+        return replace(self, slices=slices, shape=shape, unfolds_at_once=True)
 
 
 def slabs_of(shape: Sequence[int]) -> int:

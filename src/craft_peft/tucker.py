@@ -134,7 +134,7 @@ def hosvd(tensor: Slices, ranks: Sequence[int], method: Decomposition = "auto") 
                 others = stack.projected(factors, skip=mode)
                 factors[mode] = find(SlicedTensor.of(others).unfolded(mode), rank)
         core = mode_product(others.double(), factors[-1].T, len(ranks) - 1)
-    return _rounded(core * stack.scale, factors, stack.dtype)
+    return _rounded(core, factors, stack.dtype)
 
 
 def project(tensor: Slices, factors: Sequence[Float[Tensor, "_ _"]]) -> Tucker:
@@ -151,7 +151,7 @@ def project(tensor: Slices, factors: Sequence[Float[Tensor, "_ _"]]) -> Tucker:
     """
     stack = SlicedTensor.of(tensor)
     factors = [factor.double() for factor in factors]
-    return _rounded(stack.projected(factors) * stack.scale, factors, stack.dtype)
+    return _rounded(stack.projected(factors), factors, stack.dtype)
 
 
 def decomposition_cost(shape: Sequence[int], ranks: Sequence[int], method: Decomposition) -> float:
@@ -262,8 +262,7 @@ def _sequentially(stack: SlicedTensor, ranks: Sequence[int], find: FindDirection
         factors[mode] = find(stack.unfolded(mode), ranks[mode])
         if mode:
             stack = stack.truncated(factors[mode], mode)
-    core = torch.stack([stack.read(index) for index in range(stack.shape[0])]).double()
-    return mode_product(core, factors[0].T, 0), [factors[mode] for mode in range(len(ranks))]
+    return mode_product(stack.whole().double(), factors[0].T, 0), [factors[mode] for mode in range(len(ranks))]
 
 
 def _rounded(core: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tucker:

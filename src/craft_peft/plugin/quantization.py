@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
@@ -61,10 +60,14 @@ def read_weight(module: nn.Module, name: str = "a layer") -> Tensor:
         >>> read_weight(nn.Linear(3, 5)).shape
         torch.Size([5, 3])
     """
-    if _offloading_hook(module) is not None:
-        with align_module_device(module):
-            return _read_present_weight(module, name).detach()
-    return _read_present_weight(module, name)
+    offloading = _offloading_hook(module)
+    if offloading is None:
+        return _read_present_weight(module, name)
+    offloading.pre_forward(module)
+    try:
+        return _read_present_weight(module, name)
+    finally:
+        offloading.post_forward(module, None)
 
 
 def _read_present_weight(module: nn.Module, name: str) -> Tensor:
