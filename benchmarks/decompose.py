@@ -187,7 +187,9 @@ def compare(shape: tuple[int, ...], spectrum: str, sides: list[str], arguments: 
                 if "auto" in seconds
                 else None,
                 "energy": energies[side],
-                "peak_extra_bytes": memory_in_a_process(side, shape, arguments.device) if arguments.memory else None,
+                "peak_extra_bytes": memory_in_a_process(side, shape, arguments.device)
+                if side in arguments.memory
+                else None,
             }
             for side in sides
         },
@@ -311,7 +313,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
     parser.add_argument("--spectrum", choices=["flat", "encoder"], default="flat")
     parser.add_argument("--rounds", type=int, default=3, help="how often every side runs")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="time and energy alone")
+    parser.add_argument(
+        "--memory", nargs="*", choices=SIDES, default=list(SIDES), metavar="SIDE", help="whose memory to measure"
+    )
     parser.add_argument("--adapt", action="store_true", help="also time `get_peft_model` on a RoBERTa-large shape")
     parser.add_argument("--model", help="folder of a real encoder")
     parser.add_argument("--name", help="what to call that encoder (default: the folder's name)")
@@ -325,7 +329,7 @@ def main() -> None:
         print(peak_extra_bytes(arguments.memory_of, arguments.shapes[0], arguments.device))
         return
     if arguments.quick:
-        arguments.shapes, arguments.rounds, arguments.memory = [(3, 96, 96), (2, 400, 400)], 1, False
+        arguments.shapes, arguments.rounds, arguments.memory = [(3, 96, 96), (2, 400, 400)], 1, []
     rows = []
     for shape in arguments.shapes:
         rows.append(compare(shape, arguments.spectrum, arguments.sides, arguments))

@@ -92,8 +92,7 @@ class SlicedTensor:
         scale = torch.stack(largest).amax()  # NaN or infinite if any entry is
         if not torch.isfinite(scale):
             raise CraftError("The tensor to decompose holds NaN or infinity. Check the weights that it was made from.")
-        scale = scale.clamp_min(torch.finfo(torch.float64).tiny)
-        return cls(slices, shape, scale.item(), torch.promote_types(dtype, torch.float32), torch.float64, device)
+        return cls(slices, shape, scale.item() or 1.0, torch.promote_types(dtype, torch.float32), torch.float64, device)
 
     def read(self, index: int) -> Tensor:
         """One slice as it is."""
