@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ KRYLOV_STEPS = 6
 """Products with the matrix and its transpose. See `krylov_directions` for what they reach."""
 
 _STRIPE = 256  # rows of a Gram matrix that are added at a time: what is right of the diagonal is left out
-_BLOCK = 32  # columns: products with other numbers of columns take longer
+_TILE = 16  # columns: products with other numbers of columns take longer
 _EIGH = 13.0  # an eigendecomposition of n rows takes as long as 13 n^3 products and sums of the same precision
 _PLAIN_RANGE = (1e-30, 1e30)  # largest entries with which products of three matrices stay within float32
 
@@ -62,7 +63,7 @@ def krylov_directions(matrix: BlockedMatrix, rank: int) -> Float[Tensor, "rows r
 
     .. math:: \operatorname{span}\,[X, G X, G^2 X, \dots], \qquad G = A A^\top,
 
-    with blocks :math:`X` of a little more than half the rank: of two spaces of one size, the one of narrow blocks and
+    with blocks :math:`X` of about half the rank: of two spaces of one size, the one of narrow blocks and
     more steps holds more (flat spectra need the steps). Products are in the precision of the blocks, at least float32;
     what is orthogonal and what is summed is in float64. The same blocks give the same directions.
 
@@ -99,7 +100,7 @@ def passes(rows: int, columns: int, rank: int, randomized: bool) -> int:
 
 def krylov_size(rank: int) -> int:
     """How many dimensions the space has in which `krylov_directions` looks for so many directions."""
-    return KRYLOV_STEPS * _BLOCK * -(-(rank // 2 + 10) // _BLOCK)
+    return KRYLOV_STEPS * _TILE * max(2, ceil(0.47 * rank / _TILE))
 
 
 def exact_cost(rows: int, columns: int) -> float:
