@@ -330,10 +330,6 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.shapes, arguments.rounds, arguments.memory = [(3, 96, 96), (2, 400, 400)], 1, []
-    rows = []
-    for shape in arguments.shapes:
-        rows.append(compare(shape, arguments.spectrum, arguments.sides, arguments))
-        show(rows[-1])
     result: dict[str, Any] = {
         "device": arguments.device,
         "processor": describe_processor(),
@@ -351,9 +347,14 @@ def main() -> None:
         result["kept_energy"] = kept_energy(arguments.model)
         result["model"] = arguments.name or Path(arguments.model).name
     if arguments.output:
-        write(arguments.output, result, rows)
-        if arguments.plot:
-            draw(json.loads(arguments.output.read_text())["rows"], arguments.plot)
+        write(arguments.output, result, [])
+    for shape in arguments.shapes:
+        row = compare(shape, arguments.spectrum, arguments.sides, arguments)
+        show(row)
+        if arguments.output:
+            write(arguments.output, result, [row])
+    if arguments.output and arguments.plot:
+        draw(json.loads(arguments.output.read_text())["rows"], arguments.plot)
 
 
 if __name__ == "__main__":

@@ -235,10 +235,10 @@ def test_weights_that_accelerate_has_offloaded_are_read_and_adapted():
     found = adapted(base)
     assert base.bert.encoder.layer[0].attention.self.query.base_layer.weight.is_meta
     factors = [
-        {name: buffer for name, buffer in model.named_buffers() if "craft_transforms" in name and buffer.ndim > 1}
+        {name: buffer for name, buffer in model.named_buffers() if name.endswith(("core", "out_factor", "in_factor"))}
         for model in (found, expected)
     ]
-    assert len(factors[0]) == 8 and factors[0].keys() == factors[1].keys()
+    assert len(factors[0]) == 6 and factors[0].keys() == factors[1].keys()
     assert all(torch.equal(buffer, factors[1][name]) for name, buffer in factors[0].items())
     assert_close(logits(found), logits(expected), products=100)  # not bit by bit: only a layer that is there is fused
 

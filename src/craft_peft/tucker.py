@@ -89,7 +89,7 @@ def hosvd(tensor: Slices, ranks: Sequence[int], method: Decomposition = "auto") 
 
     Args:
         tensor: any order, any floating type, finite; or its slices along the first mode, which are then read one by
-            one and let go (`craft_peft.weights.Slices`).
+            one and let go (`craft_peft.slices.Slices`).
         ranks: how many directions to keep a mode, from 1 to the size of the mode.
         method: ``"hosvd"`` (De Lathauwer et al. 2000; the CRAFT paper's choice) is exact, in float64, from the Gram
             matrices of the unfoldings. ``"st-hosvd"``: each mode from what the modes before it left (the first mode is
@@ -163,7 +163,7 @@ def decomposition_cost(shape: Sequence[int], ranks: Sequence[int], method: Decom
     """
     start = _start_of(method, shape, ranks)
     sizes, total = list(shape), 0.0
-    for mode in range(len(sizes))[::-1] if start == "hosvd" else _sequence(len(sizes)):
+    for mode in _sequence(len(sizes)):
         rows, columns = sizes[mode], prod(sizes) // sizes[mode]
         cheaper = cheaper_cost(rows, columns, ranks[mode])
         total += cheaper if start == "randomized" else exact_cost(rows, columns)
