@@ -11,6 +11,7 @@ from craft_peft import explained_energy, hosvd, mode_product, unfold
 from craft_peft.directions import cheaper_directions, exact_directions, krylov_directions, krylov_size
 from craft_peft.slices import SlicedTensor, slabs_of
 from craft_peft.tucker import decomposition_cost, reads_of_each_slice
+from craft_peft.weights import weights_fingerprint
 
 METHODS = ["auto", "hosvd", "st-hosvd", "randomized", "hooi"]
 SHAPE, RANKS = (4, 9, 7), (3, 5, 4)
@@ -216,6 +217,14 @@ def test_hard_matrices_give_orthonormal_directions_that_keep_what_can_be_kept(na
     matrix = unfold(tensor.double() / blocked(tensor).scale, 1)
     best = torch.linalg.svdvals(matrix)[:rank].square().sum()
     assert (found.T @ matrix).square().sum() >= 0.99 * best
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_norms_of_a_fingerprint_are_right_at_every_scale(size, dtype):
+    weights = (random_tensor((2, 30, 40)) * size).to(dtype)
+    found = weights_fingerprint(weights).reshape(2, -1)[:, 0]
+    assert_close(found, weights.double().square().sum((1, 2)).sqrt(), products=100)
 
 
 def test_a_wide_stack_of_nothing_has_a_core_of_nothing():

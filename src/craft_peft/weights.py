@@ -121,6 +121,8 @@ class StackWeights:
 ReadWeights = Callable[[], Slices]
 """Gives the pretrained weights of a stack, one ``(d_out, d_in)`` tensor a layer, to an adapter that needs them."""
 
+_SAFE_NORMS = (1e-12, 1e18)  # of weights whose squares stay within float32
+
 FINGERPRINT_NUMBERS = 4
 """How many numbers of each layer's weight `weights_fingerprint` holds."""
 
@@ -147,7 +149,11 @@ def weights_fingerprint(weights: Slices) -> Float[Tensor, " numbers"]:
 
 
 def _fingerprint_of(weight: Tensor, name: str) -> Tensor:
-    norm = torch.linalg.vector_norm(weight, dtype=torch.float64)  # NaN or infinite if any entry is
+    # Rows in their own precision: ten times as fast as in float64, where their squares neither over- nor underflow.
+    rows = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(rows, dtype=torch.float64)  # NaN or infinite if any entry is
+    if not _SAFE_NORMS[0] < norm < _SAFE_NORMS[1]:
+        norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
     if not torch.isfinite(norm) and not torch.isfinite(weight).all():  # a norm in float64 may be too large itself
         raise CraftError(
             f"The weight of '{name}' holds NaN or infinity. Load the base model again, or leave that module out "
