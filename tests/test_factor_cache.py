@@ -43,8 +43,9 @@ def cache_folder(monkeypatch, tmp_path):
 
 def adapted(base=None, **fields):
     config = CraftConfig(task_type="SEQ_CLS", target_modules=["query", "value"], init_weights=False, **fields)
+    base = bert() if base is None else base
     torch.manual_seed(1)
-    return get_peft_model(bert() if base is None else base, config).eval()
+    return get_peft_model(base, config).eval()
 
 
 def stacks_of(model):
