@@ -1,33 +1,207 @@
-"""Time to adapt a RoBERTa-large shape with CRAFT, and the energy that its bases keep of a real encoder's weights.
+"""Time, peak extra memory and explained energy of Tucker decompositions of stacks of weights.
 
-    python benchmarks/decompose.py --model MODEL_FOLDER --name all-MiniLM-L6-v2 --output results/decompose.json
-    python benchmarks/decompose.py --quick                  # two layers, no real encoder: that the script runs
+    python benchmarks/decompose.py --quick                                 # small shapes, in seconds: that it runs
+    python benchmarks/decompose.py 12x768 24x1024 --output results/performance/decompose-cpu.json
+    python benchmarks/decompose.py 32x4096 --sides auto hosvd --rounds 1 --output ...     # adds to the file
+    python benchmarks/decompose.py --adapt --model MODEL_FOLDER --name all-MiniLM-L6-v2 --output ...
+    python benchmarks/decompose.py 24x1024 --device cuda --output results/performance/decompose-cuda.json
 
-The shape has random weights, query and value of 24 layers of width 1024, float32; what is timed is `get_peft_model`,
-checks included. The median of three.
+Sides: the package's `hosvd` by its methods; `tensorly.decomposition.tucker` (backend PyTorch, float32, init "svd") as
+HOSVD (no sweep) and HOOI (one sweep), each with its two kinds of SVD; and "stacked": a plain HOSVD of the whole tensor
+in float64, by Gram matrices and `eigh`. In each round every side runs once, in turn. Peak memory is that of one more
+run in a process of its own, beyond what it held before (the tensor in float32, Python, PyTorch after a warm-up): of the
+resident set, by the kernel's high-water mark; with --device cuda of PyTorch's allocator. Ranks are (24, 100, 100), each
+at most its mode's size.
+
+Stacks: "flat" is Gaussian; "encoder" has the singular values of the first query matrix of the encoder in --model,
+stretched to the width, half in directions that the layers share, half in a layer's own.
 """
 
 import argparse
 import json
-import os
-import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import linear_regression, median
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from transformers import AutoModel, RobertaConfig, RobertaModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
-from craft_peft import CraftConfig, explained_energy, hosvd
+from craft_peft import CraftConfig, Tucker, explained_energy, hosvd, project, unfold
+from craft_peft.fastfood import hadamard
 from craft_peft.glue.machine import describe_processor, describe_versions
-from craft_peft.plugin.stacks import collect_stacks
 
-METHODS = ("hosvd", "st-hosvd", "hooi")
+Ranks = tuple[int, int, int]
+ENCODER_ENERGIES = ("hosvd", "auto", "randomized", "st-hosvd", "hooi")
+
+
+def ours(method: str) -> Callable[[Tensor, Ranks], Tucker]:
+    return lambda tensor, ranks: hosvd(tensor, ranks, method)  # type: ignore[arg-type]
+
+
+def tensorly(sweeps: int, svd: str) -> Callable[[Tensor, Ranks], Tucker]:
+    def decompose(tensor: Tensor, ranks: Ranks) -> Tucker:
+        import tensorly
+        from tensorly.decomposition import tucker
+
+        with tensorly.backend_context("pytorch"):
+            core, factors = tucker(tensor, ranks, init="svd", svd=svd, n_iter_max=sweeps, tol=0, random_state=0)
+        return Tucker(core, tuple(factors))
+
+    return decompose
+
+
+def stacked(tensor: Tensor, ranks: Ranks) -> Tucker:
+    """HOSVD as one writes it down: the whole tensor in float64."""
+    tensor = tensor.double()
+    factors = []
+    for mode, rank in enumerate(ranks):
+        matrix = unfold(tensor, mode)
+        factors.append(torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1))
+    return project(tensor, factors)
+
+
+SIDES: dict[str, Callable[[Tensor, Ranks], Tucker]] = {
+    "auto": ours("auto"),
+    "hosvd": ours("hosvd"),
+    "randomized": ours("randomized"),
+    "hooi": ours("hooi"),
+    "tensorly HOSVD": tensorly(0, "truncated_svd"),
+    "tensorly HOOI": tensorly(1, "truncated_svd"),
+    "tensorly HOSVD, randomized_svd": tensorly(0, "randomized_svd"),
+    "tensorly HOOI, randomized_svd": tensorly(1, "randomized_svd"),
+    "stacked": stacked,
+}
+
+
+def ranks_of(shape: tuple[int, ...]) -> Ranks:
+    return min(24, shape[0]), min(100, shape[1]), min(100, shape[2])
+
+
+def make_stack(shape: tuple[int, ...], spectrum: str, model: str | None, device: str) -> Tensor:
+    """A stack of weights in float32, from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.empty(shape, device=device)
+    values = encoder_spectrum(model, shape[1]).to(device) if spectrum == "encoder" else None
+    shared = 0.0 if values is None else turned(values, generator, device)
+    for layer in stack:
+        own = torch.randn(shape[1:], generator=generator).to(device) if values is None else None
+        layer.copy_(own if own is not None else turned(values, generator, device) + shared)
+    return stack
+
+
+def encoder_spectrum(model: str | None, size: int) -> Tensor:
+    if model is None:
+        raise SystemExit("the spectrum 'encoder' needs --model FOLDER")
+    from transformers import AutoModel
+
+    weights = dict(AutoModel.from_pretrained(model).named_parameters())
+    first = next(weight for name, weight in weights.items() if name.endswith("query.weight"))
+    values = torch.linalg.svdvals(first.detach())
+    return torch.nn.functional.interpolate(values[None, None], size, mode="linear")[0, 0]
+
+
+def turned(values: Tensor, generator: torch.Generator, device: str) -> Tensor:
+    """A matrix with these singular values in random directions: Hadamard matrices where the size is a power of 2."""
+    size = len(values)
+    matrix = torch.diag(values)
+    for _ in range(2):
+        if size & (size - 1):
+            matrix = torch.linalg.qr(torch.randn(size, size, generator=generator).to(device)).Q @ matrix
+        else:
+            for _ in range(2):  # twice with random signs: once is far from random
+                signs = (torch.randint(2, (size,), generator=generator) * 2.0 - 1).to(device)
+                matrix = hadamard((matrix * signs[:, None]).T.contiguous()).T
+        matrix = matrix.T
+    return matrix
+
+
+def seconds_of(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    if device == "cpu":
+        start = time.perf_counter()
+        result = run()
+        return time.perf_counter() - start, result
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    result = run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000, result
+
+
+def memory_now(field: str) -> int:
+    """A line of the kernel's account of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def peak_extra_bytes(side: str, shape: tuple[int, ...], device: str) -> int:
+    """Within a process of its own: what a decomposition holds at its most beyond the tensor."""
+    SIDES[side](torch.randn(2, 130, 130, device=device), (2, 8, 8))  # warm-up: libraries load and take their buffers
+    tensor = make_stack(shape, "flat", None, device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        SIDES[side](tensor, ranks_of(shape))
+        return torch.cuda.max_memory_allocated() - before
+    before = memory_now("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    SIDES[side](tensor, ranks_of(shape))
+    return memory_now("VmHWM") - before
+
+
+def memory_in_a_process(side: str, shape: tuple[int, ...], device: str) -> int | None:
+    command = [sys.executable, __file__, "x".join(map(str, shape)), "--memory-of", side, "--device", device]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(ended.stdout.split()[-1]) if ended.returncode == 0 else None
+
+
+def compare(shape: tuple[int, ...], spectrum: str, sides: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """All sides on one stack, in turn."""
+    tensor = make_stack(shape, spectrum, arguments.model, arguments.device)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    energies: dict[str, float] = {}
+    for _ in range(arguments.rounds):
+        for side in sides:
+            spent, found = seconds_of(partial(SIDES[side], tensor, ranks_of(shape)), arguments.device)
+            seconds[side].append(spent)
+            if side not in energies:
+                energies[side] = explained_energy(tensor, found).item()
+    del tensor
+    return {
+        "shape": list(shape),
+        "ranks": list(ranks_of(shape)),
+        "spectrum": spectrum,
+        "threads": torch.get_num_threads(),
+        "layer_bytes": 4 * shape[1] * shape[2],
+        "sides": {
+            side: {
+                "seconds": seconds[side],
+                "ratio_to_first": median(a / b for a, b in zip(seconds[side], seconds[sides[0]], strict=True)),
+                "energy": energies[side],
+                "peak_extra_bytes": memory_in_a_process(side, shape, arguments.device)
+                if side in arguments.memory
+                else None,
+            }
+            for side in sides
+        },
+    }
 
 
 def seconds_to_adapt(layers: int, repeats: int) -> list[float]:
-    """Seconds of `get_peft_model` on a fresh RoBERTa-large shape, each time anew."""
+    """Seconds of `get_peft_model` on a fresh RoBERTa-large shape, each time anew and without the cache."""
+    import os
+
+    from peft import get_peft_model
+    from transformers import RobertaConfig, RobertaModel
+
+    os.environ["CRAFT_CACHE"] = "off"
     config = RobertaConfig(
         vocab_size=100, hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=1
     )
@@ -35,46 +209,151 @@ def seconds_to_adapt(layers: int, repeats: int) -> list[float]:
     for _ in range(repeats):
         model = RobertaModel(config)
         start = time.perf_counter()
-        get_peft_model(model, CraftConfig(target_modules=["query", "value"]))
+        get_peft_model(model, CraftConfig(target_modules=["query", "value"], decomposition="randomized"))
         found.append(time.perf_counter() - start)
     return found
 
 
 def kept_energy(folder: str) -> dict[str, dict[str, float]]:
-    """Share of the energy of a real encoder's query and value stacks that each decomposition keeps."""
+    """Share of the energy of a real encoder's query and value stacks that each method keeps."""
+    from transformers import AutoModel
+
+    from craft_peft.plugin.stacks import collect_stacks
+
     model = AutoModel.from_pretrained(folder)
     targets = [(key, m) for key, m in model.named_modules() if key.endswith((".query", ".value"))]
     energies: dict[str, dict[str, float]] = {}
     for stack in collect_stacks(targets):
-        tensor = torch.stack(stack.read_weights())
-        ranks = CraftConfig().resolve_ranks(stack.name, stack.shape)
-        energies[stack.name] = {m: explained_energy(tensor, hosvd(tensor, ranks, m)).item() for m in METHODS}
+        weights, ranks = stack.read_weights(), CraftConfig().resolve_ranks(stack.name, stack.shape)
+        energies[stack.name] = {
+            method: explained_energy(weights, ours(method)(weights, ranks)).item()  # type: ignore[arg-type]
+            for method in ENCODER_ENERGIES
+        }
     return energies
+
+
+def show(row: dict[str, Any]) -> None:
+    title = f"{'x'.join(map(str, row['shape']))}, ranks {tuple(row['ranks'])}, {row['spectrum']} spectrum"
+    table = Table("side", title=title)
+    for heading in ("seconds (median)", "times the first", "energy", "extra memory in layers"):
+        table.add_column(heading, justify="right")
+    for side, found in row["sides"].items():
+        extra = found["peak_extra_bytes"]
+        table.add_row(
+            side,
+            f"{median(found['seconds']):.3g}",
+            f"{found['ratio_to_first']:.2f}",
+            f"{found['energy']:.5f}",
+            "" if extra is None else f"{extra / row['layer_bytes']:.1f}",
+        )
+    Console().print(table)
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """A shape from "12x768" or "12x768x3072"."""
+    layers, d_out, *d_in = map(int, text.split("x"))
+    return layers, d_out, *(d_in or [d_out])  # type: ignore[return-value]
+
+
+def write(path: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Add to what a file holds; a stack measured again takes the place of its row."""
+    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+    def name(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row["shape"]), row["spectrum"]
+
+    kept = [row for row in old["rows"] if name(row) not in map(name, rows)]
+    everything = sorted(kept + rows, key=lambda row: (row["shape"][1], row["shape"][0], row["spectrum"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {**old, **result, "rows": everything, "fitted": fit_depth(everything)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def fit_depth(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Seconds of "auto" for 80 layers of width 8192, on the line through what fewer layers of that width took."""
+    wide = [row for row in rows if row["shape"][1:] == [8192, 8192] and row["spectrum"] == "flat"]
+    if len(wide) < 2:
+        return None
+    layers = [row["shape"][0] for row in wide]
+    taken = [median(row["sides"]["auto"]["seconds"]) for row in wide]
+    each, fixed = linear_regression(layers, taken)
+    return {"layers": layers, "taken": taken, "each": each, "fixed": fixed, "seconds": fixed + 80 * each}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time against width, at 12 layers, and against depth, at width 768: flat spectra, logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    flat = [row for row in rows if row["spectrum"] == "flat"]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = ((axes[0], "width (12 layers)", 1, 0, 12), (axes[1], "layers (width 768)", 0, 1, 768))
+    for axis, label, along, across, fixed in panels:
+        for side in SIDES:
+            points = [
+                (row["shape"][along], median(row["sides"][side]["seconds"]))
+                for row in flat
+                if row["shape"][across] == fixed and row["shape"][1] == row["shape"][2] and side in row["sides"]
+            ]
+            if len(points) > 1:
+                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=side)
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a real encoder; without it no energies are measured")
+    parser.add_argument("shapes", nargs="*", type=shape_of, help="such as 24x1024 or 12x768x3072 (layers, out, in)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
+    parser.add_argument("--spectrum", choices=["flat", "encoder"], default="flat")
+    parser.add_argument("--rounds", type=int, default=3, help="how often every side runs")
+    parser.add_argument(
+        "--memory", nargs="*", choices=SIDES, default=list(SIDES), metavar="SIDE", help="whose memory to measure"
+    )
+    parser.add_argument("--adapt", action="store_true", help="also time `get_peft_model` on a RoBERTa-large shape")
+    parser.add_argument("--model", help="folder of a real encoder")
     parser.add_argument("--name", help="what to call that encoder (default: the folder's name)")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--quick", action="store_true", help="two layers, once")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, help="add the figures to this JSON file")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="draw what is in the file of --output")
+    parser.add_argument("--quick", action="store_true", help="small shapes, once, all sides")
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    layers, repeats = (2, 1) if arguments.quick else (24, 3)
-    seconds = seconds_to_adapt(layers, repeats)
+    if arguments.memory_of:
+        print(peak_extra_bytes(arguments.memory_of, arguments.shapes[0], arguments.device))
+        return
+    if arguments.quick:
+        arguments.shapes, arguments.rounds, arguments.memory = [(3, 96, 96), (2, 400, 400)], 1, []
     result: dict[str, Any] = {
-        "shape": {"layers": layers, "width": 1024, "stacks": 2, "ranks": [min(24, layers), 100, 100]},
-        "seconds": {"median": statistics.median(seconds), "all": seconds},
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-        "kept_energy": kept_energy(arguments.model) if arguments.model else None,
-        "model": arguments.name or (Path(arguments.model).name if arguments.model else None),
-        "versions": describe_versions(),
+        "device": arguments.device,
         "processor": describe_processor(),
+        "versions": describe_versions(),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
+    if arguments.adapt or arguments.quick:
+        layers, repeats = (2, 1) if arguments.quick else (24, 5)
+        seconds = seconds_to_adapt(layers, repeats)
+        result["adapt"] = {
+            "shape": {"layers": layers, "width": 1024, "stacks": 2, "ranks": [min(24, layers), 100, 100]},
+            "decomposition": "randomized",
+            "seconds": {"median": median(seconds), "all": seconds},
+        }
+        print(f"get_peft_model, query and value of {layers} x 1024: {median(seconds):.2f} s")
+    if arguments.model and arguments.adapt:
+        result["kept_energy"] = kept_energy(arguments.model)
+        result["model"] = arguments.name or Path(arguments.model).name
     if arguments.output:
-        arguments.output.write_text(text + "\n")
+        write(arguments.output, result, [])
+    for shape in arguments.shapes:
+        row = compare(shape, arguments.spectrum, arguments.sides, arguments)
+        show(row)
+        if arguments.output:
+            write(arguments.output, result, [row])
+    if arguments.output and arguments.plot:
+        draw(json.loads(arguments.output.read_text())["rows"], arguments.plot)
 
 
 if __name__ == "__main__":

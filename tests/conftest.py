@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CRAFT_CACHE"] = "off"  # tests of the cache name a folder of their own
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
@@ -17,7 +18,7 @@ from jaxtyping import install_import_hook
 
 # Before anything imports craft_peft: every annotation, shapes included, is then checked at each call. Not in
 # `plugin.config`, where users' values arrive and are checked by the configs themselves, with errors that tests read.
-CHECKED = ["errors", "weights", "tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
+CHECKED = ["errors", "slices", "weights", "directions", "tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
 CHECKED += ["plugin.stacks", "plugin.quantization", "plugin.layer", "plugin.tuner", "glue", "cli"]
 install_import_hook([f"craft_peft.{name}" for name in CHECKED], "beartype.beartype")
 

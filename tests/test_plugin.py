@@ -126,7 +126,7 @@ def test_alternating_shapes_form_separate_stacks(tmp_path, caplog):
         assert torch.equal(layers[0](x), layers[1](x)) and not torch.equal(layers[0](x), layers[0].base_layer(x))
 
 
-@pytest.mark.parametrize("decomposition", ["hosvd", "st-hosvd", "hooi"])
+@pytest.mark.parametrize("decomposition", ["auto", "hosvd", "st-hosvd", "randomized", "hooi"])
 def test_every_decomposition_starts_at_the_base_model(decomposition):
     base = bert()
     before = logits(base)
@@ -326,7 +326,10 @@ save_file({"logits": model(tokens).logits.detach()}, sys.argv[1] + "/found.safet
         ({"rank_pattern": {"query": (1, 2)}}, r"rank_pattern\['query'\]=\(1, 2\) has to be 'paper' or three"),
         ({"trained_modes": ()}, r"trained_modes=\(\) has to name at least one of the modes"),
         ({"trained_modes": (1, 3)}, r"trained_modes=\(1, 3\)"),
-        ({"decomposition": "svd"}, r"decomposition='svd' is unknown. Use one of hosvd, st-hosvd, hooi"),
+        (
+            {"decomposition": "svd"},
+            r"decomposition='svd' is unknown. Use one of auto, hosvd, st-hosvd, randomized, hooi",
+        ),
         ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
         ({"bias": "lora_only"}, r"bias='lora_only' is unknown. Use 'none', 'all' or 'craft_only'"),
         ({"layers_pattern": "layer"}, r"`layers_pattern` is set without `layers_to_transform`"),

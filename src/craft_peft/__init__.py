@@ -25,11 +25,11 @@ from .plugin.loading import save_adapter as save_adapter
 from .plugin.lotr_config import LotrConfig as LotrConfig
 from .plugin.registration import register_methods
 from .plugin.superlora_config import SuperLoraConfig as SuperLoraConfig
+from .slices import mode_product as mode_product
+from .slices import unfold as unfold
 from .tucker import Tucker as Tucker
 from .tucker import explained_energy as explained_energy
 from .tucker import hosvd as hosvd
-from .tucker import mode_product as mode_product
 from .tucker import project as project
-from .tucker import unfold as unfold
 
 register_methods()

@@ -17,17 +17,24 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .directions import FindDirections, cheaper_cost, cheaper_directions, exact_cost, exact_directions, passes
 from .errors import CraftError
+from .slices import SlicedTensor, Slices, mode_product, slabs_of
 
-Decomposition = Literal["hosvd", "st-hosvd", "hooi"]
-"""The ways to decompose: plain (each mode by itself), sequentially truncated, or alternating until it fits better."""
+Decomposition = Literal["auto", "hosvd", "st-hosvd", "randomized", "hooi"]
+"""The ways to decompose, see `hosvd`: by cost, each mode by itself, each from what the modes before it left, the same
+with a randomised search for directions, or alternating until it fits better."""
+
+EXACT_COST = 2e11
+"""Up to how many products and sums (`decomposition_cost`) "auto" is "hosvd": about two seconds on two cores."""
 
 _HOOI_SWEEPS = 2  # on a real encoder's weights, further sweeps changed the explained energy by less than 0.1 %
 
@@ -73,49 +80,23 @@ class Tucker:
         return tensor
 
 
-def unfold(tensor: Float[Tensor, ...], mode: int) -> Float[Tensor, "size rest"]:
-    """The tensor as a matrix: mode `mode` in the rows, the other modes in their order in the columns.
+def hosvd(tensor: Slices, ranks: Sequence[int], method: Decomposition = "auto") -> Tucker:
+    """Decompose a tensor by (truncated) higher-order singular value decomposition, reading it a slice at a time.
+
+    Factor `k` holds leading left singular vectors of ``unfold(tensor, k)``; the core is the tensor projected on the
+    factors. Returned in float32 (float64 for a float64 tensor). The same input gives the same output: the largest
+    entry of each column of a factor is positive, and nothing is drawn at random but from a fixed seed.
 
     Args:
-        tensor: any order.
-        mode: counted from 0.
-
-    Example:
-        >>> unfold(torch.zeros(2, 3, 4), mode=1).shape
-        torch.Size([3, 8])
-    """
-    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
-
-
-def mode_product(tensor: Float[Tensor, ...], matrix: Float[Tensor, "new old"], mode: int) -> Float[Tensor, ...]:
-    """The product ``tensor x_mode matrix``: every fibre of that mode is multiplied by the matrix.
-
-    Args:
-        tensor: of size ``old`` in `mode`.
-        matrix: ``(new, old)``.
-        mode: counted from 0.
-
-    Example:
-        >>> mode_product(torch.ones(2, 3, 4), torch.ones(5, 3), mode=1).shape
-        torch.Size([2, 5, 4])
-    """
-    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
-
-
-def hosvd(tensor: Float[Tensor, ...], ranks: Sequence[int], method: Decomposition = "hosvd") -> Tucker:
-    """Decompose a tensor by (truncated) higher-order singular value decomposition.
-
-    Factor `k` holds the leading left singular vectors of ``unfold(tensor, k)``; the core is the tensor projected on
-    the factors. Computed in float64, from the Gram matrices of the unfoldings (the tensor is scaled by its largest
-    entry first, so that no square over- or underflows), and returned in float32 (float64 for a float64 tensor).
-    The same input gives the same output: the largest entry of each column of a factor is positive.
-
-    Args:
-        tensor: any order, any floating type, finite.
+        tensor: any order, any floating type, finite; or its slices along the first mode, which are then read one by
+            one and let go (`craft_peft.slices.Slices`).
         ranks: how many directions to keep a mode, from 1 to the size of the mode.
-        method: ``"hosvd"`` (De Lathauwer et al. 2000; the CRAFT paper's choice), ``"st-hosvd"`` (each mode from what
-            the modes before it left; cheaper, fits a little better), or ``"hooi"`` (two alternating sweeps from HOSVD;
-            fits best).
+        method: ``"hosvd"`` (De Lathauwer et al. 2000; the CRAFT paper's choice) is exact, in float64, from the Gram
+            matrices of the unfoldings. ``"st-hosvd"``: each mode from what the modes before it left (the first mode is
+            the last); cheaper, fits a little better. ``"randomized"``: the same, with directions from a block Krylov
+            space where that is cheaper. ``"auto"``: "hosvd" up to two seconds of work on two cores (24 x 1024 x 1024),
+            "randomized" above; it depends on the sizes alone. ``"hooi"``: two alternating sweeps from "auto"; fits
+            best.
 
     Returns:
         Core and factors. If all ranks are the sizes, it stands for the tensor exactly.
@@ -124,39 +105,43 @@ def hosvd(tensor: Float[Tensor, ...], ranks: Sequence[int], method: Decompositio
         CraftError: a rank outside its range, a wrong number of ranks, an unknown method, an entry that is not finite.
 
     Cost:
-        One Gram product of ``n_k^2 * (all other sizes)`` and one eigendecomposition of ``n_k^3`` a mode, in float64
-        (a mode that is larger than all others together: one QR decomposition of ``n_k * (all other sizes)^2``); HOOI
-        repeats it on the projected, much smaller tensors.
+        See `craft_peft.directions`; in memory one slice in float64, a Gram matrix of ``n_k^2``, and small factors.
+        How often each slice is read tells `reads_of_each_slice`: 8 times for "randomized", 3 times for "st-hosvd", and
+        for "hosvd" 4 times, and as often as there are slices in order to compare each with each by parts.
 
     Example:
         >>> tucker = hosvd(torch.randn(6, 8, 10, generator=torch.Generator().manual_seed(0)), ranks=(2, 3, 4))
         >>> tuple(tucker.core.shape), [tuple(factor.shape) for factor in tucker.factors]
         ((2, 3, 4), [(6, 2), (8, 3), (10, 4)])
+
+    References:
+        The randomised kind: Minster, Saibaba, Kilmer, "Randomized algorithms for low-rank tensor decompositions in the
+        Tucker format", SIAM J. Math. Data Sci. 2 (2020), alg. 3.2.
     """
-    _check_ranks(tensor, ranks)
     if method not in get_args(Decomposition):
         raise CraftError(f"The decomposition {method!r} is unknown. Use one of {', '.join(get_args(Decomposition))}.")
-    scale = tensor.detach().abs().amax().double()  # NaN or infinite if any entry is
-    if not torch.isfinite(scale):
-        raise CraftError("The tensor to decompose holds NaN or infinity. Check the weights that it was made from.")
-    scale = scale.clamp_min(torch.finfo(torch.float64).tiny)
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    tensor = tensor.detach().double() / scale
-    factors = _sequential_factors(tensor, ranks) if method == "st-hosvd" else _separate_factors(tensor, ranks)
+    stack = SlicedTensor.of(tensor)
+    _check_ranks(stack.shape, ranks)
+    start = _start_of(method, stack.shape, ranks)
+    find: FindDirections = exact_directions
+    if start == "randomized":
+        # Nothing is more exact than the directions; and float64 takes twice the time and memory.
+        find, stack = cheaper_directions, replace(stack, precision=stack.dtype)
+    core, factors = (_separately if start == "hosvd" else _sequentially)(stack, ranks, find)
     if method == "hooi":
         for _ in range(_HOOI_SWEEPS):
             for mode, rank in enumerate(ranks):
-                factors[mode] = _leading_directions(_project(tensor, factors, skip=mode), mode, rank)
-    core = _project(tensor, factors) * scale
-    # Contiguous, as they come back from a file: products with another memory layout round differently.
-    return Tucker(core.to(dtype).contiguous(), tuple(factor.to(dtype).contiguous() for factor in factors))
+                others = stack.projected(factors, skip=mode)
+                factors[mode] = find(SlicedTensor.of(others).unfolded(mode), rank)
+        core = mode_product(others.double(), factors[-1].T, len(ranks) - 1)
+    return _rounded(core, factors, stack.dtype)
 
 
-def project(tensor: Float[Tensor, ...], factors: Sequence[Float[Tensor, "_ _"]]) -> Tucker:
+def project(tensor: Slices, factors: Sequence[Float[Tensor, "_ _"]]) -> Tucker:
     """The decomposition with given factors: its core is the tensor's projection on them, the best for these factors.
 
     Args:
-        tensor: any order, any floating type.
+        tensor: any order, any floating type; or its slices, as for `hosvd`.
         factors: one matrix ``(n_k, r_k)`` with orthonormal columns a mode.
 
     Example:
@@ -164,19 +149,37 @@ def project(tensor: Float[Tensor, ...], factors: Sequence[Float[Tensor, "_ _"]])
         >>> project(tensor, [torch.eye(2), torch.eye(2)[:, :1], torch.eye(2)]).core.tolist()
         [[[0.0, 1.0]], [[4.0, 5.0]]]
     """
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    core = _project(tensor.detach().double(), [factor.double() for factor in factors])
-    return Tucker(core.to(dtype).contiguous(), tuple(factor.to(dtype).contiguous() for factor in factors))
+    stack = SlicedTensor.of(tensor)
+    factors = [factor.double() for factor in factors]
+    return _rounded(stack.projected(factors), factors, stack.dtype)
 
 
-def explained_energy(tensor: Float[Tensor, ...], tucker: Tucker, mode: int | None = None) -> Float[Tensor, ...]:
+def decomposition_cost(shape: Sequence[int], ranks: Sequence[int], method: Decomposition) -> float:
+    """About how many products and sums `hosvd` costs, counted as of float32 (float64 takes twice as long).
+
+    Example:
+        >>> decomposition_cost((12, 768, 768), (12, 100, 100), "hosvd") < 1e11
+        True
+    """
+    start = _start_of(method, shape, ranks)
+    sizes, total = list(shape), 0.0
+    for mode in _sequence(len(sizes)):
+        rows, columns = sizes[mode], prod(sizes) // sizes[mode]
+        cheaper = cheaper_cost(rows, columns, ranks[mode])
+        total += cheaper if start == "randomized" else exact_cost(rows, columns)
+        if start != "hosvd":
+            sizes[mode] = ranks[mode]
+    return total
+
+
+def explained_energy(tensor: Slices, tucker: Tucker, mode: int | None = None) -> Float[Tensor, ...]:
     r"""How much of the tensor a decomposition holds: :math:`1 - \|X - \hat X\|^2 / \|X\|^2`, from 0 to 1.
 
     For orthonormal factors and a projected core this is :math:`\|C\|^2 / \|X\|^2` in total. A tensor (or slice) of
     zeros counts as held in full.
 
     Args:
-        tensor: what was decomposed.
+        tensor: what was decomposed, or its slices.
         tucker: its decomposition.
         mode: give the energy of each slice of this mode (0: of each layer), instead of the total.
 
@@ -189,16 +192,16 @@ def explained_energy(tensor: Float[Tensor, ...], tucker: Tucker, mode: int | Non
         0.64
     """
     # Slice by slice of the first mode: the difference never needs a second float64 copy of the whole tensor.
+    keep = [] if mode is None else [mode]
     total, missing = [], []
     for index, row in enumerate(tucker.factors[0].double()):
-        slice_ = tensor[index].double()
+        slice_ = tensor[index].detach().to(row.device).double()
         fitted = torch.tensordot(row, tucker.core.double(), dims=1)
         for other, factor in enumerate(tucker.factors[1:]):
             fitted = mode_product(fitted, factor.double(), other)
-        total.append(slice_.square())
-        missing.append((slice_ - fitted).square())
-    keep = [] if mode is None else [mode]
-    summed = [torch.stack([_sum_but(part, keep) for part in parts]) for parts in (total, missing)]
+        total.append(_sum_but(slice_.square(), keep))
+        missing.append(_sum_but((slice_ - fitted).square(), keep))
+    summed = [torch.stack(parts) for parts in (total, missing)]
     if mode != 0:
         summed = [part.sum(0) for part in summed]
     energy, rest = summed
@@ -211,44 +214,57 @@ def _sum_but(slice_: Tensor, keep: Sequence[int]) -> Tensor:
     return slice_.sum(dims) if dims else slice_
 
 
-def _check_ranks(tensor: Tensor, ranks: Sequence[int]) -> None:
-    if len(ranks) != tensor.ndim:
-        raise CraftError(f"ranks={tuple(ranks)} has {len(ranks)} entries for a tensor of {tensor.ndim} modes.")
-    for mode, (rank, size) in enumerate(zip(ranks, tensor.shape, strict=True)):
+def reads_of_each_slice(shape: Sequence[int], ranks: Sequence[int], method: Decomposition) -> int:
+    """How often `hosvd` reads each slice; where it reads parts of slices, each time counts.
+
+    Example:
+        >>> reads_of_each_slice((12, 768, 768), (12, 100, 100), "st-hosvd")
+        3
+    """
+    start = _start_of(method, shape, ranks)
+    if start == "hosvd":
+        reads = 1 + slabs_of(shape) + len(shape)
+    else:
+        rows = shape[1] if len(shape) > 1 else shape[0]
+        steps = passes(rows, prod(shape) // rows, ranks[min(1, len(shape) - 1)], randomized=start == "randomized")
+        reads = 1 + steps + 1
+    return reads + (_HOOI_SWEEPS * len(shape) if method == "hooi" else 0)
+
+
+def _check_ranks(shape: Sequence[int], ranks: Sequence[int]) -> None:
+    if len(ranks) != len(shape):
+        raise CraftError(f"ranks={tuple(ranks)} has {len(ranks)} entries for a tensor of {len(shape)} modes.")
+    for mode, (rank, size) in enumerate(zip(ranks, shape, strict=True)):
         if not 1 <= rank <= size:
             raise CraftError(f"ranks[{mode}]={rank} is outside 1..{size}, the size of mode {mode}.")
 
 
-def _separate_factors(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    return [_leading_directions(tensor, mode, rank) for mode, rank in enumerate(ranks)]
+def _start_of(method: Decomposition, shape: Sequence[int], ranks: Sequence[int]) -> Decomposition:
+    """What "auto" is for these sizes, and what "hooi" starts from."""
+    if method not in ("auto", "hooi"):
+        return method
+    return "hosvd" if decomposition_cost(shape, ranks, "hosvd") <= EXACT_COST else "randomized"
 
 
-def _sequential_factors(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    factors = []
-    for mode, rank in enumerate(ranks):
-        factors.append(_leading_directions(tensor, mode, rank))
-        tensor = mode_product(tensor, factors[-1].T, mode)
-    return factors
+def _sequence(modes: int) -> list[int]:
+    """The order of sequential truncation: the first mode last, so that whole slices are read for one mode alone."""
+    return [*range(1, modes), 0]
 
 
-def _project(tensor: Tensor, factors: Sequence[Tensor], skip: int | None = None) -> Tensor:
-    for mode, factor in enumerate(factors):
-        if mode != skip:
-            tensor = mode_product(tensor, factor.T, mode)
-    return tensor
+def _separately(stack: SlicedTensor, ranks: Sequence[int], find: FindDirections) -> tuple[Tensor, list[Tensor]]:
+    factors = [find(stack.unfolded(mode), rank) for mode, rank in enumerate(ranks)]
+    return stack.projected(factors), factors
 
 
-def _leading_directions(tensor: Tensor, mode: int, rank: int) -> Tensor:
-    """The `rank` leading left singular vectors of an unfolding, each with its largest entry positive."""
-    matrix = unfold(tensor, mode)
-    size, others = matrix.shape
-    if size <= others:
-        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
-    else:  # a Gram matrix of a vocabulary would not fit in memory
-        basis, triangle = torch.linalg.qr(matrix)
-        vectors = basis @ torch.linalg.svd(triangle).U[:, :rank]
-    if rank > others:  # what is left are directions in which the tensor is 0: any that are orthogonal
-        padded = torch.cat([vectors, torch.eye(size, rank - others).to(matrix)], dim=1)
-        vectors = torch.cat([vectors, torch.linalg.qr(padded).Q[:, others:]], dim=1)
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * largest.sign()
+def _sequentially(stack: SlicedTensor, ranks: Sequence[int], find: FindDirections) -> tuple[Tensor, list[Tensor]]:
+    factors: dict[int, Tensor] = {}
+    for mode in _sequence(len(ranks)):
+        factors[mode] = find(stack.unfolded(mode), ranks[mode])
+        if mode:
+            stack = stack.truncated(factors[mode], mode)
+    return mode_product(stack.whole().double(), factors[0].T, 0), [factors[mode] for mode in range(len(ranks))]
+
+
+def _rounded(core: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tucker:
+    # Contiguous, as they come back from a file: products with another memory layout round differently.
+    return Tucker(core.to(dtype).contiguous(), tuple(factor.to(dtype).contiguous() for factor in factors))

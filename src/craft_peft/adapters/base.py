@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from ..errors import CraftError
 from ..fused import adapted_linear
 from ..sharing import compute_once
+from ..slices import Slices
 from ..weights import ReadWeights, StackShape
 
 
@@ -130,7 +131,7 @@ class StackAdapter(nn.Module, ABC):
         """What `set_bases` has to be given directions of: "activations", "gradients", or None if it takes none."""
         return None
 
-    def set_bases(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+    def set_bases(self, weights: Slices, directions: Slices) -> None:
         """Take bases from the directions of other matrices than the pretrained weights.
 
         Args:

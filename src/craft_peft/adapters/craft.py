@@ -31,8 +31,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import CraftError
+from ..slices import Slices
 from ..tucker import Decomposition, Tucker, hosvd, project
-from ..weights import FINGERPRINT_NUMBERS, ReadWeights, StackShape, stack_weights, weights_fingerprint
+from ..weights import FINGERPRINT_NUMBERS, ReadWeights, StackShape, decomposed, weights_fingerprint
 from .base import FactoredStackAdapter, StackAdapter
 
 TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
@@ -103,7 +104,7 @@ class CraftAdapter(FactoredStackAdapter):
         shape: StackShape,
         ranks: tuple[int, int, int],
         *,
-        decomposition: Decomposition = "hosvd",
+        decomposition: Decomposition = "auto",
         trained_modes: Collection[int] = (0, 1, 2),
         tying: Tying = "shared",
         basis: Basis = "weights",
@@ -142,22 +143,26 @@ class CraftAdapter(FactoredStackAdapter):
             sizes = (self.shape.layers, *self.shape.matrix)
             gaussian = (torch.randn(n, r, generator=generator) for n, r in zip(sizes, self.ranks, strict=True))
             factors = tuple(torch.linalg.qr(matrix)[0].to(weights[0].device) for matrix in gaussian)
-            self._set(weights, project(stack_weights(weights), factors))
+            self._set(weights, project(weights, factors))
         else:
-            self._set(weights, hosvd(stack_weights(weights), self.ranks, self.decomposition))
+
+            def compute() -> Tucker:
+                return hosvd(weights, self.ranks, self.decomposition)
+
+            self._set(weights, decomposed(weights, self.ranks, self.decomposition, compute))
 
     @property
     def directions_from(self) -> str | None:
         """The `basis`, if it is one that is computed from batches."""
         return self.basis if self.basis in ("activations", "gradients") else None
 
-    def set_bases(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+    def set_bases(self, weights: Slices, directions: Slices) -> None:
         """Take the bases from the decomposition of other matrices than the weights, and the core from the weights."""
-        factors = hosvd(stack_weights(directions), self.ranks, self.decomposition).factors
+        factors = hosvd(directions, self.ranks, self.decomposition).factors
         self._deferred = None
-        self._set(weights, project(stack_weights(weights), factors))
+        self._set(weights, project(weights, factors))
 
-    def _set(self, weights: Sequence[Tensor], tucker: Tucker) -> None:
+    def _set(self, weights: Slices, tucker: Tucker) -> None:
         fingerprint = torch.cat([weights_fingerprint(weights), _basis_fingerprint(tucker)])
         frozen = zip(("core", *FACTORS, "fingerprint"), (tucker.core, *tucker.factors, fingerprint), strict=True)
         for name, tensor in frozen:

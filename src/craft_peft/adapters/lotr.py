@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..tucker import hosvd, mode_product
-from ..weights import ReadWeights, StackShape, stack_weights
+from ..slices import mode_product
+from ..tucker import hosvd
+from ..weights import ReadWeights, StackShape
 from .base import FactoredStackAdapter
 
 LotrStart = Literal["normal", "svd"]
@@ -92,7 +93,7 @@ class LotrAdapter(FactoredStackAdapter):
         if self.start_core is None:
             return
         d_out, d_in = self.shape.matrix
-        tucker = hosvd(stack_weights(read_weights()), (self.shape.layers, min(self.r, d_out), min(self.r, d_in)))
+        tucker = hosvd(read_weights(), (self.shape.layers, min(self.r, d_out), min(self.r, d_in)))
         layer_factor, out_factor, in_factor = tucker.factors
         core = mode_product(tucker.core, layer_factor, 0) / self.scaling
         # A side that is smaller than the rank has no more directions: the rest stays 0.

@@ -16,8 +16,9 @@ from ..errors import CraftError
 from ..plugin.craft_config import MODES, CraftConfig
 from ..plugin.stacks import collect_stacks
 from ..plugin.tuner import find_targets, set_default_targets
-from ..tucker import Tucker, hosvd, unfold
-from ..weights import StackShape, stack_weights
+from ..slices import unfold
+from ..tucker import Tucker, hosvd
+from ..weights import StackShape
 from .models import quiet_transformers, resolve_model_name
 
 Ranks = tuple[int, int, int]
@@ -146,8 +147,7 @@ def inspect_model(
     chosen = [config.resolve_ranks(stack.name, stack.shape) for stack in stacks]
     reports = []
     for stack, stack_ranks in zip(stacks, chosen, strict=True):
-        tensor = stack_weights(stack.read_weights())
-        full = hosvd(tensor, tuple(tensor.shape))
+        full = hosvd(stack.read_weights(), (stack.shape.layers, *stack.shape.matrix), "hosvd")
         reports.append(StackReport(stack.pattern, stack.shape, stack_ranks, full))
     return reports
 

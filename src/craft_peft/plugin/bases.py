@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
+from ..slices import Slices
 from .layer import StackedLinear, StackSlot
 from .stacks import Stack
 
@@ -69,7 +71,7 @@ def fit_bases(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapter_na
         raise CraftError("`fit_bases` got no batches; a few are needed, as keyword arguments of the model's forward.")
     for adapter, stack in stacks:
         weights = stack.read_weights()
-        adapter.set_bases(weights, [measure.directions(*pair) for pair in zip(stack.modules, weights, strict=True)])
+        adapter.set_bases(weights, _Directions(measure, stack.modules, weights))
 
 
 def wants_batches(model: nn.Module, adapter_name: str = "default") -> bool:
@@ -124,6 +126,21 @@ class _Gradients:
 
 
 _MEASURES: dict[str, type[_Activations] | type[_Gradients]] = {"activations": _Activations, "gradients": _Gradients}
+
+
+@dataclass(frozen=True)
+class _Directions:
+    """The matrices of a stack whose directions are the bases, each made when it is asked for."""
+
+    measure: _Activations | _Gradients
+    modules: tuple[nn.Module, ...]
+    weights: Slices
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.measure.directions(self.modules[layer], self.weights[layer])
 
 
 def _stacks_of(model: PeftModel, adapter_name: str) -> list[tuple[StackAdapter, Stack]]:

@@ -50,10 +50,11 @@ class CraftConfig(StackConfig):
         metadata={"help": "The modes whose transform is trained: 0 (layers), 1 (out), 2 (in)."},
     )
     decomposition: Decomposition = field(
-        default="hosvd",
+        default="auto",
         metadata={
-            "help": "'hosvd' (the paper), 'st-hosvd' (sequentially truncated) or 'hooi' (alternating; keeps most of "
-            "the weights' energy)."
+            "help": "'hosvd' (the paper, exact), 'st-hosvd' (sequentially truncated), 'randomized' (the same by a "
+            "randomised search, for large models), 'auto' (by the sizes: 'hosvd' up to 24 x 1024 x 1024, else "
+            "'randomized') or 'hooi' (alternating; keeps most of the weights' energy)."
         },
     )
     tying: Tying = field(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -46,6 +47,8 @@ def quantization_of(modules: Iterable[nn.Module]) -> str | None:
 def read_weight(module: nn.Module, name: str = "a layer") -> Tensor:
     """The weight in the module's own layout: itself if it is plain, else a new tensor of what it stands for.
 
+    A weight that accelerate has offloaded is brought to where the layer computes.
+
     Args:
         module: a linear layer of the base model.
         name: what to call it in an error.
@@ -57,6 +60,17 @@ def read_weight(module: nn.Module, name: str = "a layer") -> Tensor:
         >>> read_weight(nn.Linear(3, 5)).shape
         torch.Size([5, 3])
     """
+    offloading = _offloading_hook(module)
+    if offloading is None:
+        return _read_present_weight(module, name)
+    offloading.pre_forward(module)
+    try:
+        return _read_present_weight(module, name)
+    finally:
+        offloading.post_forward(module, None)
+
+
+def _read_present_weight(module: nn.Module, name: str) -> Tensor:
     backend = backend_of(module)
     weight = getattr(module, "weight", None)
     if backend is not None:
@@ -95,8 +109,18 @@ def write_weight(layer: BaseTunerLayer, weight: Tensor) -> None:
 def adapter_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where an adapter of this layer belongs: the layer's device, and float32 (float64 beside a weight in float64)."""
     double = getattr(getattr(module, "weight", None), "dtype", None) == torch.float64
-    device = next(chain(module.parameters(), module.buffers())).device
+    offloading = _offloading_hook(module)
+    if offloading is not None:
+        device = torch.device(offloading.execution_device)
+    else:
+        device = next(chain(module.parameters(), module.buffers())).device
     return device, torch.float64 if double else torch.float32
+
+
+def _offloading_hook(module: nn.Module) -> Any:
+    """Accelerate's hook on a layer whose weight it keeps elsewhere (CPU or disk) between calls; None on others."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if getattr(hook, "offload", False) else None
 
 
 def _no_scheme() -> None:

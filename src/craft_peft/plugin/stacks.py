@@ -12,7 +12,6 @@ from itertools import groupby
 from typing import Any, Literal
 
 import peft
-import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -20,7 +19,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CraftError
-from ..weights import StackShape
+from ..weights import StackShape, StackWeights
+from .base_weights import BaseWeights
+from .progress import Progress
 from .quantization import adapter_place, backend_of, read_weight
 
 logger = logging.getLogger(__name__)
@@ -64,23 +65,19 @@ class Stack:
         """Whether a weight is on the meta device, where it has a shape and no numbers."""
         return any(adapter_place(module)[0].type == "meta" for module in self.modules)
 
-    def read_weights(self) -> list[Tensor]:
-        """The pretrained weights as ``(out, in)``, a tensor a layer: views of plain weights, copies of others.
+    def read_weights(self, progress: Progress | None = None) -> StackWeights:
+        """The pretrained weights as ``(out, in)``, a tensor a layer, each read when it is asked for.
+
+        They are views of plain weights, copies of others.
+
+        Args:
+            progress: where to show how far a decomposition of these weights has come.
 
         Raises:
-            CraftError: a weight on the meta device, one whose back end cannot dequantise it, or one with NaN or
-                infinity; names the module.
+            CraftError: when a weight is read that is on the meta device, whose back end cannot dequantise it, or that
+                holds NaN or infinity; names the module.
         """
-        weights = []
-        for layer, key in enumerate(self.keys):
-            weight = self.read_weight(layer)
-            if not torch.isfinite(weight).all():
-                raise CraftError(
-                    f"The weight of '{key}' holds NaN or infinity. Load the base model again, or leave that module out "
-                    "with `exclude_modules`."
-                )
-            weights.append(weight)
-        return weights
+        return BaseWeights(self.keys, self.read_weight, progress or Progress())
 
     def read_weight(self, layer: int) -> Tensor:
         """One of `read_weights`, which may hold NaN or infinity."""

@@ -26,6 +26,7 @@ from .config import StackConfig
 from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
 from .mixed_batches import rows_use
+from .progress import Progress
 from .quantization import adapter_place, backend_of, quantization_of
 from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
 
@@ -89,13 +90,14 @@ class StackTuner(BaseTuner):
         # there are no weights to compute it from.
         is_loaded = peft_config._read_from_file or self._low_cpu_mem_usage or self._saved_modules is not None
         check = BaseCheck.between(peft_config, self.model)
+        progress = Progress(len(stacks))
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
             adapter.watch_loading(partial(check.compare, stack))
             if is_loaded and (peft_config.saves_what_it_derived or stack.is_empty):
                 adapter.defer(stack.read_weights)
             else:
-                initialise(adapter, stack.read_weights)
+                initialise(adapter, partial(stack.read_weights, progress))
             for layer, key in enumerate(stack.keys):
                 slot = StackSlot(adapter, layer, persistent=peft_config.saves_what_it_derived)
                 if self._low_cpu_mem_usage and peft_config.saves_what_it_derived:
