@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -78,9 +77,7 @@ def _conform_in_turn(values: Sequence[Any], hints: Sequence[Any]) -> bool:
     return len(values) == len(hints) and all(conforms(v, hint) for v, hint in zip(values, hints, strict=True))
 
 
-@cache
-def _field_hints(kind: Hashable) -> dict[str, Any]:
-    assert isinstance(kind, type)
+def _field_hints(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
