@@ -23,7 +23,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ..errors import CraftError
 from ..tucker import Decomposition, Tucker, hosvd, project
 from ..weights import FINGERPRINT_NUMBERS, ReadWeights, StackShape, stack_weights, weights_fingerprint
-from .base import FactoredStackAdapter, StackAdapter
+from .base import FrozenBasesAdapter, StackAdapter
 
 TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
 """The trained matrices, in the order of the modes (0: layers, 1: out, 2: in)."""
@@ -49,7 +49,7 @@ Basis = Literal["weights", "random", "activations", "gradients"]
 channel, or gradients. The core always is the weights' projection on them."""
 
 
-class CraftAdapter(FactoredStackAdapter):
+class CraftAdapter(FrozenBasesAdapter):
     r"""CRAFT for one stack.
 
     The trained tensors hold :math:`E = J - I`, so that they start at 0 and weight decay pulls to the pretrained
@@ -245,17 +245,81 @@ class CraftAdapter(FactoredStackAdapter):
 
     def _check_same_bases(self, saved: Tensor) -> None:
         """Refuse a state whose transforms were trained in other bases than those computed from the present weights."""
-        own = self.fingerprint
-        weights, basis = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks)
-        saved = saved.to(own)
-        same_weights = torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0)
-        if not same_weights or not torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3):
-            what = "base weights are not those" if not same_weights else "bases computed from the weights are not those"
+        if what := self._differs_in(saved):
             raise CraftError(
                 f"The adapter was saved with save_factors=False and its {what} it was trained with, so its transforms "
                 "would mean something else. Load it on the very same base model, in the same dtype, or save it again "
                 "with save_factors=True where it was trained."
             )
+
+    def _differs_in(self, saved: Tensor) -> str:
+        own = self.fingerprint
+        weights, basis = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks)
+        saved = saved.to(own)
+        if not torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0):
+            return "base weights are not those"
+        same_bases = torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3)
+        return "" if same_bases else "bases computed from the weights are not those"
+
+    # Many adapters on the same bases: what `craft_peft.plugin.bank` and mixed batches ask for.
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        """Core and factors."""
+        return {name: getattr(self, name) for name in ("core", *FACTORS)}
+
+    def trained(self) -> dict[str, Tensor]:
+        """Every tensor of this tying; zeros for a mode that is not trained."""
+        sizes = _trained_sizes(self.shape, self.ranks, (0, 1, 2), self.tying)
+        own = ((name, getattr(self, name), size) for name, size in sizes.items() if size is not None)
+        return {name: self.core.new_zeros(size) if tensor is None else tensor for name, tensor, size in own}
+
+    def middles_of(self, trained: Mapping[str, Tensor]) -> Float[Tensor, "layers r_out r_in"]:
+        """`middle` of all layers: two products of matrices for all of them, where each by itself takes as many."""
+        if "middles" in trained:
+            return trained["middles"]
+        layers, sizes = self.layer_factor, self.core.shape[1:]
+        moved = (layers @ trained["layer_transform"] @ self.core.flatten(1)).unflatten(-1, sizes)
+        start = torch.tensordot(layers, self.core, dims=1) + moved
+        turned = (start.mT @ trained["out_transform"].mT).mT
+        moved, start = moved + turned, start + turned
+        turned = start @ trained["in_transform"].mT
+        moved, start = moved + turned, start + turned
+        if "out_diagonals" in trained:
+            turned = trained["out_diagonals"][:, :, None] * start
+            moved = moved + turned + (start + turned) * trained["in_diagonals"][:, None]
+        return moved
+
+    def turn_rows(
+        self, layer: int, hidden: Float[Tensor, "rows tokens r_in"], trained: Mapping[str, Tensor]
+    ) -> Float[Tensor, "rows tokens r_out"] | None:
+        r"""With :math:`e = E_3^\top z`: :math:`K_l z = D_l z + S_l e + E_2 (C_l(I) z + D_l z + S_l e)`, shared tying."""
+        if set(trained) != set(TRANSFORMS):
+            return None
+        tokens = hidden.shape[1]
+        weights, sizes = self.layer_factor[layer], self.core.shape[1:]
+        fixed = torch.tensordot(weights, self.core, dims=1)
+        moving = ((weights @ trained["layer_transform"]) @ self.core.flatten(1)).unflatten(-1, sizes)
+        both = torch.cat([hidden, hidden @ trained["in_transform"]], dim=1)
+        through_fixed, through_moving = both @ fixed.T, both @ moving.mT
+        moved = through_moving[:, :tokens] + through_moving[:, tokens:] + through_fixed[:, tokens:]
+        return moved + (through_fixed[:, :tokens] + moved) @ trained["out_transform"].mT
+
+    def with_middles(self, middles: Float[Tensor, "layers r_out r_in"]) -> CraftAdapter:
+        """With ``tying="free"``."""
+        with torch.device("meta"):
+            adapter = CraftAdapter(self.shape, self.ranks, tying="free")
+        for name in ("core", *FACTORS, "fingerprint"):
+            setattr(adapter, name, getattr(self, name))
+        adapter.middles = nn.Parameter(middles, requires_grad=False)
+        return adapter.eval()
+
+    def check_same_bases(self, saved: Tensor) -> None:
+        """Compare fingerprints: of the weights to 1e-5, of each basis vector to 1e-3."""
+        if saved.shape != self.fingerprint.shape:
+            raise CraftError("Its number of layers or its ranks are not those here.")
+        if what := self._differs_in(saved):
+            raise CraftError(f"Its {what} here.")
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
