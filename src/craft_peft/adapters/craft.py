@@ -293,7 +293,7 @@ class CraftAdapter(FrozenBasesAdapter):
     def turn_rows(
         self, layer: int, hidden: Float[Tensor, "rows tokens r_in"], trained: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows tokens r_out"] | None:
-        r"""With :math:`e = E_3^\top z`: :math:`K_l z = D_l z + S_l e + E_2 (C_l(I) z + D_l z + S_l e)`, shared tying."""
+        r"""With :math:`e = E_3^\top z`: :math:`K_l z = D_l z + S_l e + E_2 (C_l(I) z + D_l z + S_l e)`."""
         if set(trained) != set(TRANSFORMS):
             return None
         tokens = hidden.shape[1]

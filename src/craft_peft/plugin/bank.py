@@ -8,19 +8,19 @@ from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 from urllib.parse import quote
 
-import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CraftError
 from .bank_files import Heads, adapter_state, collect_shelves, read_adapter, sort_state, write_adapter
 from .config import StackConfig
 from .mixed_batches import through_head
 from .rows import BASE
+from .shelf import StackShelf
 from .tuner import StackTuner
 
 Keep = Literal["transforms", "middles"]
@@ -95,7 +95,9 @@ class AdapterBank:
         self._shelves = collect_shelves(
             self._tuner.model, bases_of or model.active_adapter, keep_middles=keep == "middles"
         )
-        self.places = {layer: (shelf, i) for shelf in self._shelves for i, layer in enumerate(shelf.layers)}
+        self._layers: dict[nn.Module, tuple[StackShelf, int]] = {
+            layer: (shelf, i) for shelf in self._shelves for i, layer in enumerate(shelf.layers)
+        }
         self._configs: dict[str, StackConfig] = {}
         self._on_disk: dict[str, Path] = {}
         self._resident: OrderedDict[str, int] = OrderedDict()  # the place of each, the least recently used first
@@ -251,10 +253,10 @@ class AdapterBank:
             raise CraftError(
                 "The bank cannot be used while adapters are merged into the base weights. Call `unmerge_adapter` first."
             )
-        place = None if name in (None, BASE) else self._make_resident([cast(str, name)])[0]
+        place = None if name in (None, BASE) else self._make_resident([name])[0]
         slots = {} if place is None else {s: dict(zip(s.layers, s.slots(place), strict=True)) for s in self._shelves}
         for layer, _ in served.layers:
-            shelf = self.places[layer][0] if layer in self.places else None
+            shelf, _ = self._layers.get(layer, (None, 0))
             own = () if shelf is None or place is None else (slots[shelf][layer],)
             layer.instead = None if name is None else own
         for path, (wrapper, _) in served.wrappers.items():
@@ -263,6 +265,10 @@ class AdapterBank:
                 head = {} if name == BASE else self.head_of(name, path)
                 vars(wrapper)["forward"] = partial(through_head, wrapper, head)
         self._used = name
+
+    def place_of(self, layer: nn.Module) -> tuple[StackShelf, int] | None:
+        """The shelf of a layer's stack, and the layer's index in it; None for a layer that the adapters do not have."""
+        return self._layers.get(layer)
 
     def slots_of(self, names: Sequence[str]) -> list[int]:
         """The place of each name on the shelves, read from disk if need be; 0 for names that are not in the bank."""
@@ -310,8 +316,8 @@ class AdapterBank:
         if not self._has_room(size):
             raise CraftError(
                 f"The bank has no room for {_readable(size)} more: max_resident={self.max_resident}, "
-                f"max_bytes={self.max_bytes}, and all {len(self._resident)} resident adapters are needed at once. Allow "
-                "more, or put fewer adapters into one batch."
+                f"max_bytes={self.max_bytes}, and all {len(self._resident)} resident adapters are needed at once. "
+                "Allow more, or put fewer adapters into one batch."
             )
 
     def _has_room(self, size: int) -> bool:
@@ -349,7 +355,7 @@ def _tuner_of(model: PeftModel) -> StackTuner:
     if not isinstance(tuner, StackTuner):
         raise CraftError(
             f"A bank needs a PEFT model with an adapter of this package, and was given a {type(model).__name__} "
-            f"({type(tuner).__name__}). Make one with `PeftModel.from_pretrained(base, folder)` from any of the adapters."
+            f"({type(tuner).__name__}). Make one with `PeftModel.from_pretrained(base, folder)` from one of them."
         )
     if tuner.bank is not None:
         raise CraftError("The model has a bank already. Use that one: `model.base_model.bank`.")
@@ -361,10 +367,7 @@ def _bytes(heads: Heads) -> int:
 
 
 def _readable(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = "GB"
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+    for unit in ("GB", "MB", "kB"):
+        if size >= (scale := {"GB": 1e9, "MB": 1e6, "kB": 1e3}[unit]):
+            return f"{size / scale:.1f} {unit}"
+    return f"{size:.0f} bytes"

@@ -1,4 +1,4 @@
-"""What an `AdapterBank` reads and writes: saved adapters, checked against the stacks of the model and sorted by them."""
+"""What an `AdapterBank` reads and writes: saved adapters, checked against the model's stacks, sorted by them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def adapter_state(shelves: Sequence[StackShelf], place: int, heads: Heads, confi
     """The tensors that PEFT would save of the adapter at a place of the shelves."""
     state = {f"{ROOT}{path}.{name}": tensor for path, head in heads.items() for name, tensor in head.items()}
     for shelf in shelves:
-        own = {**shelf.take(place), "fingerprint": shelf.bases.fingerprint}
+        own = {**shelf.take(place), "fingerprint": cast(Tensor, shelf.bases.fingerprint)}
         if config.saves_what_it_derived:
             own |= shelf.bases.bases
             state |= {_index_key(shelf, layer): torch.tensor(layer) for layer in range(len(shelf.paths))}
@@ -182,8 +182,8 @@ def _checked_head(path: str, head: dict[str, Tensor], expected: Mapping[str, Ten
     shapes, wanted = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (head, expected))
     if shapes != wanted:
         raise CraftError(
-            f"Its saved module '{path}' has the tensors {shapes}, and the model's has {wanted}. Adapters share a bank if "
-            "their heads have the same sizes (number of labels)."
+            f"Its saved module '{path}' has the tensors {shapes}, and the model's has {wanted}. Adapters share a bank "
+            "if their heads have the same sizes (number of labels)."
         )
     return {name: tensor.detach().to(expected[name], copy=True) for name, tensor in head.items()}
 

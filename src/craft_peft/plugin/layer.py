@@ -145,13 +145,13 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         if rows is None and not (self.disable_adapters or self.merged or args or kwargs):
             used = self._used()
             if len(used) == 1 and used[0].fuses_with(x, self.base_layer):
-                return used[0].adapted_output(x, self.base_layer)
+                return used[0].adapted_output(x, cast(nn.Linear, self.base_layer))
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
         if rows is not None:
             return self._add_by_row(result, x, rows)
-        if self.merged:
+        if self.merged and self.instead is None:
             return result
         for slot in self._used():
             result = result + slot.delta_output(x).to(result.dtype)
@@ -159,6 +159,10 @@ class StackedLinear(nn.Module, BaseTunerLayer):
 
     def _used(self) -> Sequence[StackSlot]:
         if self.instead is not None:
+            if self.merged:
+                raise CraftError(
+                    "A bank is in use and adapters are merged into the base weights. Call `unmerge_adapter`."
+                )
             return self.instead
         slots = self.slots
         return [cast(StackSlot, slots[name]) for name in self.active_adapters if name in slots]

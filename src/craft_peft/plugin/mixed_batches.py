@@ -144,7 +144,8 @@ def _through_heads(
         if bank is not None and name in bank:
             output = through_head(wrapper, bank.head_of(name, path), x[rows], *args)
         else:
-            output = (own[name] if name in own else wrapper.original_module)(x[rows], *args)
+            module = own[name] if name in own else wrapper.original_module  # noqa: SIM401, it is no dict
+            output = module(x[rows], *args)
         if result is None:
             result = output.new_empty((len(x), *output.shape[1:]))
         result = result.index_copy(0, rows, output.to(result.dtype))
@@ -156,7 +157,8 @@ def through_head(wrapper: ModulesToSaveWrapper, head: Mapping[str, Tensor], *arg
     """What a saved module computes, with the tensors of one adapter; with none, what the base's computes."""
     if not head or wrapper.disable_adapters:
         return wrapper.original_module(*args, **kwargs)
-    return functional_call(wrapper.original_module, dict(head), args, kwargs)
+    own = wrapper.original_module.state_dict()  # where, and in which dtype, the model is now
+    return functional_call(wrapper.original_module, {name: t.to(own[name]) for name, t in head.items()}, args, kwargs)
 
 
 def _add_names(

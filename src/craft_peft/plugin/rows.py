@@ -24,19 +24,21 @@ FEW_TOKENS = 32
 
 
 class Shelf(Protocol):
-    """Adapters of one stack beside each other in a store: tensors whose first index is the adapter's place."""
+    """Adapters of one stack beside each other: tensors whose first index is the adapter's place."""
 
     bases: FrozenBasesAdapter
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
     scalings: Tensor
 
 
 class Store(Protocol):
     """What `MixedBatch` needs of an `AdapterBank`."""
 
-    places: Mapping[nn.Module, tuple[Shelf, int]]
+    def __contains__(self, name: object) -> bool:
+        """Whether it has an adapter of that name."""
 
-    def __contains__(self, name: object) -> bool: ...
+    def place_of(self, layer: nn.Module) -> tuple[Shelf, int] | None:
+        """The shelf of a layer's stack, and the layer's index in it."""
 
     def slots_of(self, names: Sequence[str]) -> list[int]:
         """The place of each name on every shelf; 0, which holds zeros, for a name that is not in the store."""
@@ -72,8 +74,9 @@ class MixedBatch:
         self, layer: nn.Module, device: torch.device
     ) -> tuple[list[tuple[_Group, int]], list[tuple[nn.Module, Tensor]]]:
         together = []
-        if self._store is not None and layer in self._store.places:
-            shelf, place = self._store.places[layer]
+        found = self._store.place_of(layer) if self._store is not None else None
+        if found is not None:
+            shelf, place = found
             if shelf not in self._groups:
                 self._groups[shelf] = _Group(shelf.bases, shelf.tensors, shelf.scalings, self._slots)
             together.append((self._groups[shelf], place))
@@ -116,6 +119,7 @@ class _Group:
         self._passed: set[int] = set()
 
     def add(self, layer: int, result: Tensor, x: Tensor) -> Tensor:
+        """The result plus what each row's adapter adds in a layer of the stack."""
         out_factor, in_factor = self._factors_for(x)
         hidden = x.reshape(len(x), -1, x.shape[-1]) @ in_factor
         turned = self._turn(layer, hidden).flatten(0, 1)
