@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Roberta
 from craft_peft import AdapterBank, CraftConfig
 
 ROWS = 16
+ROUNDS = {1: 11, 8: 7, 32: 3, 128: 2}  # by length
 SIDES = ("transforms", "middles", "lora")
 TARGETS = {"roberta": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
@@ -185,7 +186,7 @@ def encoder_rows(count: int, lengths: list[int], quick: bool, device: str) -> li
         inputs = torch.randint(5, 1000, (ROWS, length), device=device)
         sides = {"base": mixed(plain, None, inputs)}
         sides |= {side: mixed(model, count, inputs) for side, model in models.items()}
-        rounds = 2 if quick else max(3, 15 // max(1, length // 8))
+        rounds = 2 if quick else ROUNDS[length]
         found.append(ratios(take_turns(sides, rounds, device), what="forward", adapters=count, length=length))
     if not quick or count == 1:
         config = LoraConfig(r=8, target_modules=TARGETS["roberta"])

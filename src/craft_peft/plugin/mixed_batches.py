@@ -127,11 +127,17 @@ def called_instead(module: nn.Module, function: Callable[..., Any]) -> Iterator[
 
 
 def _through_heads(
-    wrapper: ModulesToSaveWrapper, path: str, names: Sequence[str], bank: AdapterBank | None, x: Tensor, *args: Any
+    wrapper: ModulesToSaveWrapper,
+    path: str,
+    names: Sequence[str],
+    bank: AdapterBank | None,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """As PEFT does it for some modules, for any: each adapter's rows through the copy of the module that it saved."""
     if wrapper.disable_adapters:
-        return wrapper.original_module(x, *args)
+        return wrapper.original_module(x, *args, **kwargs)
     if len(names) != len(x):
         raise CraftError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -142,10 +148,10 @@ def _through_heads(
     for name in dict.fromkeys(names):
         rows = torch.tensor([row for row, wanted in enumerate(names) if wanted == name], device=x.device)
         if bank is not None and name in bank:
-            output = through_head(wrapper, bank.head_of(name, path), x[rows], *args)
+            output = through_head(wrapper, bank.head_of(name, path), x[rows], *args, **kwargs)
         else:
             module = own[name] if name in own else wrapper.original_module  # noqa: SIM401, it is no dict
-            output = module(x[rows], *args)
+            output = module(x[rows], *args, **kwargs)
         if result is None:
             result = output.new_empty((len(x), *output.shape[1:]))
         result = result.index_copy(0, rows, output.to(result.dtype))
