@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Roberta
 from craft_peft import AdapterBank, CraftConfig
 
 ROWS = 16
-ROUNDS = {1: 11, 8: 7, 32: 3, 128: 2}  # by length
+ROUNDS = {1: 9, 8: 5, 32: 3, 128: 2}  # by length
 SIDES = ("transforms", "middles", "lora")
 TARGETS = {"roberta": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
@@ -129,6 +129,8 @@ def memory(side: str, count: int, quick: bool, device: str) -> dict[str, int]:
 
 
 def memory_in_a_process(side: str, count: int, arguments: argparse.Namespace) -> dict[str, int]:
+    if arguments.quick:
+        return memory(side, count, True, arguments.device)
     command = [sys.executable, __file__, "--memory", side, str(count), "--device", arguments.device]
     done = subprocess.run(
         [*command, *(["--quick"] if arguments.quick else [])], stdout=subprocess.PIPE, text=True, check=True
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--parts", default="memory,encoder,decoder", help="which parts, with commas")
     parser.add_argument("--counts", help="how many adapters, with commas (default: 1,10,100,1000)")
+    parser.add_argument("--lengths", default="1,8,32,128", help="tokens a row, with commas")
     parser.add_argument("--merge", action="store_true", help="keep the other parts' rows of the output file")
     parser.add_argument("--memory", nargs=2, metavar=("SIDE", "COUNT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -260,7 +263,7 @@ def main() -> None:
             sizes = {side: memory_in_a_process(side, count, arguments) for side in SIDES}
             rows.append({"what": "memory", "adapters": count, **sizes})
         if "encoder" in arguments.parts:
-            lengths = [1, 8, 32, 128] if count == max(counts) and count >= 100 else [1, 8]
+            lengths = [int(n) for n in arguments.lengths.split(",")]
             rows += encoder_rows(count, lengths, quick, device)
         if "decoder" in arguments.parts:
             rows.append(decoder_row(count, quick, device))

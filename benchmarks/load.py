@@ -3,9 +3,10 @@
     python benchmarks/load.py --output results/performance/load-cpu.json
     python benchmarks/load.py --quick               # tiny models: that the script runs
 
-Query and value are adapted; the weights are random, and layers have one feed-forward unit: no figure here
-depends on either. Injection is `get_peft_model`, for CRAFT with the decomposition of the weights; loading is
-`PeftModel.from_pretrained` of what was saved. Also: what `import craft_peft` adds to `import peft`, each in a fresh process.
+Query and value are adapted; the weights are random, and layers have one feed-forward unit: no figure here depends on
+either. Injection is `get_peft_model`, for CRAFT with the decomposition of the weights; loading is
+`PeftModel.from_pretrained` of what was saved. Also: what `import craft_peft` adds to `import peft`, each in a fresh
+process.
 """
 
 import argparse

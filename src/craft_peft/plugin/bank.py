@@ -12,11 +12,11 @@ from typing import Literal, cast, get_args
 from urllib.parse import quote
 
 from peft import PeftConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import CraftError
-from .bank_files import Heads, adapter_state, collect_shelves, read_adapter, sort_state, write_adapter
+from .bank_files import Heads, adapter_state, collect_shelves, live_state, read_adapter, sort_state, write_adapter
 from .config import StackConfig
 from .mixed_batches import through_head
 from .rows import BASE
@@ -92,6 +92,8 @@ class AdapterBank:
         self.max_resident, self.max_bytes = max_resident, max_bytes
         self.folder = None if folder is None else Path(folder)
         self._tuner = _tuner_of(model)
+        if self._tuner.bank is not None:
+            raise CraftError("The model has a bank already. Use that one: `model.base_model.bank`.")
         self._shelves = collect_shelves(
             self._tuner.model, bases_of or model.active_adapter, keep_middles=keep == "middles"
         )
@@ -183,7 +185,8 @@ class AdapterBank:
         adapter_name = model.active_adapter if adapter_name is None else adapter_name
         if adapter_name not in model.peft_config:
             raise CraftError(f"There is no adapter '{adapter_name}'. The model has {', '.join(model.peft_config)}.")
-        state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        tuner = _tuner_of(model)
+        state = live_state(tuner.model, tuner.served_modules().wrappers, adapter_name)
         self._admit(name, copy(model.peft_config[adapter_name]), state)
 
     def save(self, name: str, folder: str | Path) -> None:
@@ -357,8 +360,6 @@ def _tuner_of(model: PeftModel) -> StackTuner:
             f"A bank needs a PEFT model with an adapter of this package, and was given a {type(model).__name__} "
             f"({type(tuner).__name__}). Make one with `PeftModel.from_pretrained(base, folder)` from one of them."
         )
-    if tuner.bank is not None:
-        raise CraftError("The model has a bank already. Use that one: `model.base_model.bank`.")
     return tuner
 
 

@@ -73,6 +73,24 @@ def read_adapter(folder: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
         raise CraftError(f"No saved adapter could be read from '{folder}': {error}") from error
 
 
+def live_state(
+    model: nn.Module, wrappers: Mapping[str, tuple[AuxiliaryTrainingWrapper, bool]], adapter_name: str
+) -> dict[str, Tensor]:
+    """What PEFT would save of an adapter of a model, without its walk over all tensors of the base."""
+    state: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, StackedLinear) and adapter_name in module.owned:
+            adapter = module.owned[adapter_name]
+            adapter.make_ready()
+            prefix = f"{ROOT}{path}.{module.adapter_layer_names[1]}."
+            state |= {prefix + name: tensor for name, tensor in adapter.state_dict().items()}
+    for path, (wrapper, _) in wrappers.items():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            head = wrapper.modules_to_save[adapter_name].state_dict()
+            state |= {f"{ROOT}{path}.{name}": tensor for name, tensor in head.items()}
+    return state
+
+
 def write_adapter(folder: str | Path, config: StackConfig, state: Mapping[str, Tensor]) -> None:
     """Write an adapter as PEFT does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -150,6 +168,8 @@ def _take_trained(shelf: StackShelf, config: StackConfig, left: dict[str, Tensor
             f"It has no adapter for the stack that begins with '{path}'. A bank's adapters all have the same target "
             "modules: make another model and bank for those with others."
         )
+    config = copy(config)
+    config.init_weights = True  # only the shapes are asked for
     with torch.device("meta"):
         sibling = config.build_adapter(path, bases.shape, config.ranks_of(path))
     sizes = {name: tensor.shape for name, tensor in bases.bases.items()}
