@@ -18,6 +18,7 @@ Example:
 """
 
 from .errors import CraftError as CraftError
+from .plugin.bank import AdapterBank as AdapterBank
 from .plugin.bases import fit_bases as fit_bases
 from .plugin.craft_config import CraftConfig as CraftConfig
 from .plugin.loading import load_adapter as load_adapter

@@ -23,7 +23,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -34,10 +34,13 @@ from ..errors import CraftError
 from ..slices import Slices
 from ..tucker import Decomposition, Tucker, hosvd, project
 from ..weights import FINGERPRINT_NUMBERS, ReadWeights, StackShape, decomposed, weights_fingerprint
-from .base import FactoredStackAdapter, StackAdapter
+from .base import FrozenBasesAdapter, StackAdapter
 
 TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
 """The trained matrices, in the order of the modes (0: layers, 1: out, 2: in)."""
+
+DIAGONALS = ("out_diagonals", "in_diagonals")
+"""What each layer trains beside the transforms with ``tying="diagonal"``."""
 
 FACTORS = ("layer_factor", "out_factor", "in_factor")
 """The frozen bases, in the order of the modes; their products with the weights are the core."""
@@ -50,7 +53,7 @@ Basis = Literal["weights", "random", "activations", "gradients"]
 channel, or gradients. The core always is the weights' projection on them."""
 
 
-class CraftAdapter(FactoredStackAdapter):
+class CraftAdapter(FrozenBasesAdapter):
     r"""CRAFT for one stack.
 
     The trained tensors hold :math:`E = J - I`, so that they start at 0 and weight decay pulls to the pretrained
@@ -202,22 +205,9 @@ class CraftAdapter(FactoredStackAdapter):
         return self.middles[layer] if self.middles is not None else self.prepared(layer)
 
     def prepare(self) -> tuple[Tensor, ...]:
-        r"""All :math:`K_l` at once, in the expanded form. Cost ``L r2 r3 (2 r1 + r2 + r3)``, nothing beside a batch."""
-        # As (out, layers, in): the products with the transforms are then one product each, not one a layer.
-        core = self.core.transpose(0, 1)
-        start = self.layer_factor @ core
-        moved = None
-        if self.layer_transform is not None:
-            moved = self.layer_factor @ self.layer_transform @ core
-            start = start + moved
-        if self.out_transform is not None:
-            start, moved = _continued(start, moved, torch.tensordot(self.out_transform, start, dims=1))
-        if self.in_transform is not None:
-            start, moved = _continued(start, moved, start @ self.in_transform.T)
-        if self.out_diagonals is not None and self.in_diagonals is not None:
-            start, moved = _continued(start, moved, self.out_diagonals.T[:, :, None] * start)
-            start, moved = _continued(start, moved, start * self.in_diagonals)
-        return (torch.zeros_like(start) if moved is None else moved).unbind(1)
+        """All of `middles_of` what is trained."""
+        tensors = ((name, getattr(self, name)) for name in (*TRANSFORMS, *DIAGONALS))
+        return self.middles_of({name: tensor for name, tensor in tensors if tensor is not None}).unbind()
 
     def transforms(self) -> dict[str, Float[Tensor, "rank rank"]]:
         """The matrices J (identity plus what was trained) by name; the identity for a mode that is not trained."""
@@ -249,17 +239,87 @@ class CraftAdapter(FactoredStackAdapter):
 
     def _check_same_bases(self, saved: Tensor) -> None:
         """Refuse a state whose transforms were trained in other bases than those computed from the present weights."""
-        own = self.fingerprint
-        weights, basis = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks)
-        saved = saved.to(own)
-        same_weights = torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0)
-        if not same_weights or not torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3):
-            what = "base weights are not those" if not same_weights else "bases computed from the weights are not those"
+        if what := self._differs_in(saved):
             raise CraftError(
                 f"The adapter was saved with save_factors=False and its {what} it was trained with, so its transforms "
                 "would mean something else. Load it on the very same base model, in the same dtype, or save it again "
                 "with save_factors=True where it was trained."
             )
+
+    def _differs_in(self, saved: Tensor) -> str:
+        own = self.fingerprint
+        weights, basis = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks)
+        saved = saved.to(own)
+        if not torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0):
+            return "base weights are not those"
+        same_bases = torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3)
+        return "" if same_bases else "bases computed from the weights are not those"
+
+    # Many adapters on the same bases: what `craft_peft.plugin.bank` and mixed batches ask for.
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        """Core and factors."""
+        return {name: getattr(self, name) for name in ("core", *FACTORS)}
+
+    def trained(self) -> dict[str, Tensor]:
+        """Every tensor of this tying; zeros for a mode that is not trained."""
+        sizes = _trained_sizes(self.shape, self.ranks, (0, 1, 2), self.tying)
+        own = ((name, getattr(self, name), size) for name, size in sizes.items() if size is not None)
+        return {name: self.core.new_zeros(size) if tensor is None else tensor for name, tensor, size in own}
+
+    def middles_of(self, trained: Mapping[str, Tensor]) -> Float[Tensor, "layers r_out r_in"]:
+        r"""All :math:`K_l` at once, in the expanded form; a transform that is not given is the identity.
+
+        Cost ``L r2 r3 (2 r1 + r2 + r3)``, nothing beside a batch.
+        """
+        if "middles" in trained:
+            return trained["middles"]
+        # As (out, layers, in): the products with the transforms are then one product each, not one a layer.
+        core, moved = self.core.transpose(0, 1), None
+        start = self.layer_factor @ core
+        if "layer_transform" in trained:
+            moved = self.layer_factor @ trained["layer_transform"] @ core
+            start = start + moved
+        if "out_transform" in trained:
+            start, moved = _continued(start, moved, torch.tensordot(trained["out_transform"], start, dims=1))
+        if "in_transform" in trained:
+            start, moved = _continued(start, moved, start @ trained["in_transform"].mT)
+        if "out_diagonals" in trained:
+            start, moved = _continued(start, moved, trained["out_diagonals"].T[:, :, None] * start)
+            start, moved = _continued(start, moved, start * trained["in_diagonals"])
+        return (torch.zeros_like(start) if moved is None else moved).transpose(0, 1)
+
+    def turn_rows(
+        self, layer: int, hidden: Float[Tensor, "rows tokens r_in"], trained: Mapping[str, Tensor]
+    ) -> Float[Tensor, "rows tokens r_out"] | None:
+        r"""With :math:`e = E_3^\top z`: :math:`K_l z = D_l z + S_l e + E_2 (C_l(I) z + D_l z + S_l e)`."""
+        if set(trained) != set(TRANSFORMS):
+            return None
+        tokens = hidden.shape[1]
+        weights, sizes = self.layer_factor[layer], self.core.shape[1:]
+        fixed = torch.tensordot(weights, self.core, dims=1)
+        moving = ((weights @ trained["layer_transform"]) @ self.core.flatten(1)).unflatten(-1, sizes)
+        both = torch.cat([hidden, hidden @ trained["in_transform"]], dim=1)
+        through_fixed, through_moving = both @ fixed.T, both @ moving.mT
+        moved = through_moving[:, :tokens] + through_moving[:, tokens:] + through_fixed[:, tokens:]
+        return moved + (through_fixed[:, :tokens] + moved) @ trained["out_transform"].mT
+
+    def with_middles(self, middles: Float[Tensor, "layers r_out r_in"]) -> CraftAdapter:
+        """With ``tying="free"``."""
+        with torch.device("meta"):
+            adapter = CraftAdapter(self.shape, self.ranks, tying="free")
+        for name in ("core", *FACTORS, "fingerprint"):
+            setattr(adapter, name, getattr(self, name))
+        adapter.middles = nn.Parameter(middles, requires_grad=False)
+        return adapter.eval()
+
+    def check_same_bases(self, saved: Tensor) -> None:
+        """Compare fingerprints: of the weights to 1e-5, of each basis vector to 1e-3."""
+        if saved.shape != self.fingerprint.shape:
+            raise CraftError("Its number of layers or its ranks are not those here.")
+        if what := self._differs_in(saved):
+            raise CraftError(f"Its {what} here.")
 
 
 def _continued(start: Tensor, moved: Tensor | None, turned: Tensor) -> tuple[Tensor, Tensor]:

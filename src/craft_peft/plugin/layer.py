@@ -15,6 +15,7 @@ from ..adapters.base import StackAdapter
 from ..errors import CraftError
 from .distributed import check_engine
 from .quantization import adapter_place, read_weight, write_weight
+from .rows import MixedBatch
 from .stacks import oriented, weight_shape
 
 
@@ -81,6 +82,8 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         quantization_backend: PEFT's access to the weight of a quantised layer.
     """
 
+    rows: MixedBatch | None = None  # one adapter for each row of the batch, instead of the active adapters
+    instead: tuple[StackSlot, ...] | None = None  # what an `AdapterBank` has put in the place of the active adapters
     cast_input_dtype_enabled = True  # `peft.helpers.disable_input_dtype_casting` sets it; inputs are never cast here
 
     def __init__(
@@ -139,40 +142,43 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is None and not (self.disable_adapters or self.merged or args or kwargs):
-            used = [self.slots[name] for name in self.active_adapters if name in self.slots]
+        rows = self.rows if adapter_names is None else MixedBatch(adapter_names)
+        if rows is None and not (self.disable_adapters or self.merged or args or kwargs):
+            used = self._used()
             if len(used) == 1 and used[0].fuses_with(x, self.base_layer):
-                return used[0].adapted_output(x, self.base_layer)
+                return used[0].adapted_output(x, cast(nn.Linear, self.base_layer))
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        if adapter_names is not None:
-            return self._add_by_row(result, x, adapter_names)
-        if self.merged:
+        if rows is not None:
+            return self._add_by_row(result, x, rows)
+        if self.merged and self.instead is None:
             return result
-        slots = self.slots
-        for name in self.active_adapters:
-            if name in slots:
-                result = result + slots[name].delta_output(x).to(result.dtype)
+        for slot in self._used():
+            result = result + slot.delta_output(x).to(result.dtype)
         return result
 
-    def _add_by_row(self, result: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+    def _used(self) -> Sequence[StackSlot]:
+        if self.instead is not None:
+            if self.merged:
+                raise CraftError(
+                    "A bank is in use and adapters are merged into the base weights. Call `unmerge_adapter`."
+                )
+            return self.instead
+        slots = self.slots
+        return [cast(StackSlot, slots[name]) for name in self.active_adapters if name in slots]
+
+    def _add_by_row(self, result: Tensor, x: Tensor, rows: MixedBatch) -> Tensor:
         if self.merged:
             raise CraftError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if len(adapter_names) != len(x):
+        if len(rows.names) != len(x):
             raise CraftError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"{len(rows.names)} and {len(x)} respectively."
             )
-        slots = self.slots
-        for name in dict.fromkeys(adapter_names):
-            if name in slots:
-                rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-                added = slots[name].delta_output(x[rows]).to(result.dtype)
-                result = result.index_add(0, torch.tensor(rows, device=result.device), added)
-        return result
+        return rows.add(self, result, x)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base weight, in the base weight's layout."""

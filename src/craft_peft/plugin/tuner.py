@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -25,10 +25,13 @@ from .base_check import BaseCheck
 from .config import StackConfig
 from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
-from .mixed_batches import rows_use
+from .mixed_batches import ServedModules, rows_use
 from .progress import Progress
 from .quantization import adapter_place, backend_of, quantization_of
 from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank
 
 QUERY_AND_VALUE = {
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -51,6 +54,8 @@ class StackTuner(BaseTuner):
     """
 
     tuner_layer_cls = StackedLinear
+    bank: AdapterBank | None = None
+    _served: ServedModules | None = None
 
     def inject_adapter(
         self,
@@ -61,6 +66,9 @@ class StackTuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """As in PEFT. See `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
+        if self.bank is not None:
+            self.bank.refuse_name(adapter_name)
+        self._served = None
         # What the hooks below need to know of this one injection; PEFT does not pass it on to them.
         self._low_cpu_mem_usage, self._saved_modules = low_cpu_mem_usage, None
         if state_dict is not None:
@@ -207,8 +215,15 @@ class StackTuner(BaseTuner):
         if kwargs.get("adapter_names") is None:
             yield
             return
-        with rows_use(self.model, kwargs["adapter_names"], list(self.peft_config), kwargs.get("num_beams")):
+        known = list(self.peft_config)
+        with rows_use(self.served_modules(), kwargs["adapter_names"], known, self.bank, kwargs.get("num_beams")):
             yield
+
+    def served_modules(self) -> ServedModules:
+        """The modules whose rows can use different adapters; found once, and again after a change of the model."""
+        if self._served is None:
+            self._served = ServedModules.of(self.model)
+        return self._served
 
     @classmethod
     def _get_adapter_state_dict(cls, state_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
