@@ -33,6 +33,13 @@ FIGURES := results/performance
 
 bench: $(VENV)/dev.installed
 	$(OFFLINE) $(BIN)/python benchmarks/step.py --output $(FIGURES)/step-cpu.json
+	$(OFFLINE) $(BIN)/python benchmarks/decompose.py 12x768 24x768 6x768 12x384 12x1024 24x1024 --adapt \
+		--output $(FIGURES)/decompose-cpu.json
+	$(OFFLINE) $(BIN)/python benchmarks/decompose.py 32x4096 --sides auto hosvd --rounds 1 --output $(FIGURES)/decompose-cpu.json
+	$(OFFLINE) $(BIN)/python benchmarks/decompose.py 2x8192 4x8192 --sides auto --memory --rounds 1 \
+		--output $(FIGURES)/decompose-cpu.json
+	$(OFFLINE) $(BIN)/python benchmarks/bank.py --output $(FIGURES)/bank-cpu.json
+	$(OFFLINE) $(BIN)/python benchmarks/load.py --output $(FIGURES)/load-cpu.json
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python docs/build.py
 

@@ -8,10 +8,10 @@
 
 Sides: the package's `hosvd` by its methods; `tensorly.decomposition.tucker` (backend PyTorch, float32, init "svd") as
 HOSVD (no sweep) and HOOI (one sweep), each with its two kinds of SVD; and "stacked": a plain HOSVD of the whole tensor
-in float64, by Gram matrices and `eigh`. In each round every side runs once, in turn. Peak memory is that of one more
-run in a process of its own, beyond what it held before (the tensor in float32, Python, PyTorch after a warm-up): of the
-resident set, by the kernel's high-water mark; with --device cuda of PyTorch's allocator. Ranks are (24, 100, 100), each
-at most its mode's size.
+in float64, by Gram matrices and `eigh`. In each round every side runs once, in another order. Peak memory is that of
+one more run in a process of its own, beyond what it held before (the tensor in float32, Python, PyTorch after a
+warm-up): of the resident set, by the kernel's high-water mark; with --device cuda of PyTorch's allocator. Ranks are
+(24, 100, 100), each at most its mode's size.
 
 Stacks: "flat" is Gaussian; "encoder" has the singular values of the first query matrix of the encoder in --model,
 stretched to the width, half in directions that the layers share, half in a layer's own.
@@ -29,13 +29,13 @@ from statistics import linear_regression, median
 from typing import Any
 
 import torch
+from pairs import describe_machine, ratio, take_turns
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from craft_peft import CraftConfig, Tucker, explained_energy, hosvd, project, unfold
 from craft_peft.fastfood import hadamard
-from craft_peft.glue.machine import describe_processor, describe_versions
 
 Ranks = tuple[int, int, int]
 ENCODER_ENERGIES = ("hosvd", "auto", "randomized", "st-hosvd", "hooi")
@@ -122,19 +122,6 @@ def turned(values: Tensor, generator: torch.Generator, device: str) -> Tensor:
     return matrix
 
 
-def seconds_of(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    if device == "cpu":
-        start = time.perf_counter()
-        result = run()
-        return time.perf_counter() - start, result
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    result = run()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000, result
-
-
 def memory_now(field: str) -> int:
     """A line of the kernel's account of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -165,15 +152,15 @@ def memory_in_a_process(side: str, shape: tuple[int, ...], device: str) -> int |
 def compare(shape: tuple[int, ...], spectrum: str, sides: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """All sides on one stack, in turn."""
     tensor = make_stack(shape, spectrum, arguments.model, arguments.device)
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    energies: dict[str, float] = {}
-    for _ in range(arguments.rounds):
-        for side in sides:
-            spent, found = seconds_of(partial(SIDES[side], tensor, ranks_of(shape)), arguments.device)
-            seconds[side].append(spent)
-            if side not in energies:
-                energies[side] = explained_energy(tensor, found).item()
-    del tensor
+    found: dict[str, Tucker] = {}
+
+    def run(side: str, tensor: Tensor) -> None:
+        found[side] = SIDES[side](tensor, ranks_of(shape))
+
+    calls = {side: partial(run, side, tensor) for side in sides}
+    seconds = take_turns(calls, arguments.rounds, arguments.device, warm_up=0)
+    energies = {side: explained_energy(tensor, tucker).item() for side, tucker in found.items()}
+    del tensor, calls
     return {
         "shape": list(shape),
         "ranks": list(ranks_of(shape)),
@@ -183,7 +170,7 @@ def compare(shape: tuple[int, ...], spectrum: str, sides: list[str], arguments: 
         "sides": {
             side: {
                 "seconds": seconds[side],
-                "ratio_to_first": median(a / b for a, b in zip(seconds[side], seconds[sides[0]], strict=True)),
+                "ratio_to_first": ratio(seconds, side, sides[0]),
                 "energy": energies[side],
                 "peak_extra_bytes": memory_in_a_process(side, shape, arguments.device)
                 if side in arguments.memory
@@ -280,31 +267,6 @@ def fit_depth(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"layers": layers, "taken": taken, "each": each, "fixed": fixed, "seconds": fixed + 80 * each}
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time against width, at 12 layers, and against depth, at width 768: flat spectra, logarithmic axes."""
-    from matplotlib.figure import Figure
-
-    flat = [row for row in rows if row["spectrum"] == "flat"]
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    panels = ((axes[0], "width (12 layers)", 1, 0, 12), (axes[1], "layers (width 768)", 0, 1, 768))
-    for axis, label, along, across, fixed in panels:
-        for side in SIDES:
-            points = [
-                (row["shape"][along], median(row["sides"][side]["seconds"]))
-                for row in flat
-                if row["shape"][across] == fixed and row["shape"][1] == row["shape"][2] and side in row["sides"]
-            ]
-            if len(points) > 1:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=side)
-        axis.set(xscale="log", yscale="log", xlabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", type=shape_of, help="such as 24x1024 or 12x768x3072 (layers, out, in)")
@@ -319,7 +281,6 @@ def main() -> None:
     parser.add_argument("--name", help="what to call that encoder (default: the folder's name)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="add the figures to this JSON file")
-    parser.add_argument("--plot", type=Path, metavar="SVG", help="draw what is in the file of --output")
     parser.add_argument("--quick", action="store_true", help="small shapes, once, all sides")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -328,11 +289,7 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.shapes, arguments.rounds, arguments.memory = [(3, 96, 96), (2, 400, 400)], 1, []
-    result: dict[str, Any] = {
-        "device": arguments.device,
-        "processor": describe_processor(),
-        "versions": describe_versions(),
-    }
+    result: dict[str, Any] = {"device": arguments.device, "machine": describe_machine()}
     if arguments.adapt or arguments.quick:
         layers, repeats = (2, 1) if arguments.quick else (24, 5)
         seconds = seconds_to_adapt(layers, repeats)
@@ -352,8 +309,6 @@ def main() -> None:
         show(row)
         if arguments.output:
             write(arguments.output, result, [row])
-    if arguments.output and arguments.plot:
-        draw(json.loads(arguments.output.read_text())["rows"], arguments.plot)
 
 
 if __name__ == "__main__":

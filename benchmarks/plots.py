@@ -54,7 +54,8 @@ def draw(axes: Axes, found: list[Point], xlabel: str) -> None:
     axes.grid(alpha=0.3, which="both", linewidth=0.4)
 
 
-def step_figure(settings: list[dict[str, Any]]) -> Figure:
+def step_figure(result: dict[str, Any]) -> Figure:
+    settings = result["settings"]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     tokens, width, depth, rank = figure.subplots(1, 4)
     plain = [setting for setting in settings if setting["dtype"] == "float32"]
@@ -73,18 +74,37 @@ def step_figure(settings: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-FIGURES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], Figure]]] = {
+def decompose_figure(result: dict[str, Any]) -> Figure:
+    """Time against width, at 12 layers, and against depth, at width 768: flat spectra."""
+    rows = [row for row in result["rows"] if row["spectrum"] == "flat" and row["shape"][1] == row["shape"][2]]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    panels = ((left, "width (12 layers)", 1, 0, 12), (right, "layers (width 768)", 0, 1, 768))
+    for axes, label, along, across, fixed in panels:
+        chosen = [row for row in rows if row["shape"][across] == fixed]
+        for side in dict.fromkeys(side for row in chosen for side in row["sides"]):
+            found = sorted((row["shape"][along], seconds(row["sides"][side])) for row in chosen if side in row["sides"])
+            axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=side)
+        axes.set(xscale="log", yscale="log", xlabel=label)
+        axes.grid(alpha=0.3, which="both", linewidth=0.4)
+    left.set_ylabel("seconds of a decomposition")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "step": ("step-cpu.json", step_figure),
+    "decompose": ("decompose-cpu.json", decompose_figure),
 }
 
 
 def render(name: str, project: Path = PROJECT) -> str:
     """A picture as SVG text, the same for the same figures."""
     file, figure = FIGURES[name]
-    settings = json.loads((project / "results" / "performance" / file).read_text())["settings"]
+    result = json.loads((project / "results" / "performance" / file).read_text())
     with matplotlib.rc_context({"svg.hashsalt": "craft-peft", "font.size": 8, "svg.fonttype": "none"}):
         text = io.StringIO()
-        figure(settings).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure(result).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
