@@ -184,7 +184,7 @@ def test_saving_that_fails_leaves_the_old_adapter(step, folder, saved, tmp_path,
     if step == "save_pretrained":
         monkeypatch.setattr(PeftModel, "save_pretrained", fail)
     else:
-        monkeypatch.setattr("craft_peft.plugin.loading." + {"fsync": "_flush", "rename": "replace_folder"}[step], fail)
+        monkeypatch.setattr("craft_peft.plugin.folders." + {"fsync": "_flush", "rename": "replace_folder"}[step], fail)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(other, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

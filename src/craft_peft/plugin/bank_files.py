@@ -9,13 +9,15 @@ from typing import cast
 
 import torch
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, ModulesToSaveWrapper, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters.base import FrozenBasesAdapter
 from ..errors import CraftError
+from .adapter_files import read_config, read_tensors
 from .config import StackConfig
+from .folders import written_at_once
 from .layer import StackedLinear
 from .shelf import StackShelf
 
@@ -65,12 +67,10 @@ def read_adapter(folder: str | Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Config and tensors of a saved adapter.
 
     Raises:
-        CraftError: there is none.
+        CraftError: there is none, or it is not whole; see `craft_peft.plugin.adapter_files`.
     """
-    try:
-        return PeftConfig.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu")
-    except (ValueError, OSError) as error:
-        raise CraftError(f"No saved adapter could be read from '{folder}': {error}") from error
+    config = read_config(Path(folder))
+    return config, read_tensors(Path(folder), config)
 
 
 def live_state(
@@ -92,12 +92,12 @@ def live_state(
 
 
 def write_adapter(folder: str | Path, config: StackConfig, state: Mapping[str, Tensor]) -> None:
-    """Write an adapter as PEFT does."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(dict(state), Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    """Write an adapter as PEFT does, all at once."""
     config = copy(config)
     config.inference_mode = True
-    config.save_pretrained(str(folder))
+    with written_at_once(Path(folder)) as staged:
+        save_file(dict(state), staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(staged))
 
 
 def adapter_state(shelves: Sequence[StackShelf], place: int, heads: Heads, config: StackConfig) -> dict[str, Tensor]:

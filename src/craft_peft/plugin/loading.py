@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CraftError
 from .adapter_files import read_config, read_tensors
+from .folders import written_at_once
 
 
 def load_adapter(
@@ -101,59 +97,12 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     folder = Path(folder)
     if adapter_name not in model.peft_config:
         raise CraftError(f"There is no adapter '{adapter_name}'. The model has {', '.join(model.peft_config)}.")
-    if folder.exists() and not folder.is_dir():
-        raise CraftError(f"{folder} is a file. Give a folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
-        staged = Path(staging) / "adapter"
-        if folder.exists():
-            shutil.copytree(folder, staged, symlinks=True)
-        model.save_pretrained(staging, selected_adapters=[adapter_name])
-        written = Path(staging) if adapter_name == "default" else Path(staging) / adapter_name
-        staged.mkdir(exist_ok=True)
-        for file in [path for path in written.iterdir() if path.is_file()]:
-            os.replace(file, staged / file.name)
-        _flush(staged)
-        replace_folder(staged, folder)
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put a folder in the place of another in one step; the other ends up where the first was.
-
-    Where the system has no such step (neither Linux nor macOS), the old one is out of its place for a moment.
-    """
-    if not old.exists():
-        os.rename(new, old)
-    elif not _exchange(new, old):
-        aside = new.with_name(f"{new.name}-replaced")
-        os.rename(old, aside)
-        os.rename(new, old)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
-    names = os.fsencode(first), os.fsencode(second)
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        failed = libc.renameat2(here, names[0], here, names[1], exchange)
-    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
-    else:
-        return False
-    if failed and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # not on this file system
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
-    return not failed
-
-
-def _flush(folder: Path) -> None:
-    """Have the disk hold the files before they take another's place."""
-    for path in [*folder.rglob("*"), folder]:
-        if os.name == "posix" and not path.is_symlink():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    with written_at_once(folder) as staged:
+        model.save_pretrained(staged, selected_adapters=[adapter_name])
+        if adapter_name != "default":  # PEFT puts it into a folder of its name
+            for file in (staged / adapter_name).iterdir():
+                os.replace(file, staged / file.name)
+            (staged / adapter_name).rmdir()
 
 
 def _with_empty_adapter(base_model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
