@@ -59,7 +59,7 @@ def parse_result(text: str) -> tuple[Result, dict[str, Any]]:
         )
     for fault in faults(result):
         raise Unusable(f"contradicts itself: {fault}")
-    known = {field for field in Result.__dataclass_fields__}
+    known = set(Result.__dataclass_fields__)
     return result, {name: value for name, value in fields.items() if name not in known}
 
 
@@ -145,9 +145,9 @@ def _record(result: Result, record: EpochRecord) -> Iterator[str]:
         for metric in set(found) & set(_SHARES):
             if isinstance(sizes[name], int) and abs(values[metric] * sizes[name] % 1 - 0.5) < 0.499:
                 yield f"the {metric} of epoch {record.epoch}, {values[metric]}, is no share of {sizes[name]} rows"
-    if record.metrics and all("score" in values for values in record.metrics.values()):
-        if not _close(record.score, mean_score(record.metrics)):
-            yield f"the score of epoch {record.epoch} is not the mean over its development sets"
+    scored = record.metrics and all("score" in values for values in record.metrics.values())
+    if scored and not _close(record.score, mean_score(record.metrics)):
+        yield f"the score of epoch {record.epoch} is not the mean over its development sets"
 
 
 def _whole_curve(result: Result) -> Iterator[str]:
@@ -187,5 +187,5 @@ def _recipe(result: Result) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _close(one: float | None, other: float | None) -> bool:
+def _close(one: float | int | None, other: float | int | None) -> bool:
     return one is not None and other is not None and math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)

@@ -166,16 +166,17 @@ SPREAD_NOTE = (
 CURVES_NOTE = "Score on the development set after each epoch: median over seeds, shaded from lowest to highest."
 
 
-def render_markdown(report: Report) -> str:
+def render_markdown(report: Report, title: str = "# Results") -> str:
     """The report as Markdown: sentences and tables.
 
     Args:
         report: The report.
+        title: What it begins with.
 
     Returns:
         The text.
     """
-    text = _environment(autoescape=False).get_template("report.md.jinja").render(report=report)
+    text = _environment(autoescape=False).get_template("report.md.jinja").render(report=report, title=title)
     return text.strip() + "\n"
 
 

@@ -89,14 +89,14 @@ def draw_pareto(grid: Grid, selection: Selection) -> str:
     return as_svg(figure, "pareto", f"Median score against adapter parameters, with lowest and highest.{note}")
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_front(points: Sequence[tuple[float | int, float]]) -> list[tuple[float | int, float]]:
     """The points that no other beats with as few parameters, from left to right.
 
     Example:
         >>> pareto_front([(10, 80.0), (5, 70.0), (20, 75.0), (10, 60.0), (30, 81.0)])
         [(5, 70.0), (10, 80.0), (30, 81.0)]
     """
-    front: list[tuple[float, float]] = []
+    front: list[tuple[float | int, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
@@ -124,6 +124,7 @@ def draw_spread(grid: Grid, selection: Selection) -> str:
         axis.set_yticks(range(rows), [variant.label for variant in grid.variants] if number % 3 == 0 else [])
         axis.set_ylim(rows - 0.4, -0.6)
         axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.use_sticky_edges = False
         axis.set(title=_title(task), xlabel="score")
         axis.margins(x=0.08)
         axis.grid(visible=False, axis="y")
@@ -165,7 +166,7 @@ def draw_energy(insights: Sequence[Insight]) -> str:
     figure, (axis,) = _panels(1, height=1.05 + 0.32 * len(shares), left=0.3 + 0.075 * max(map(len, names)))
     for row, values in enumerate(shares.values()):
         axis.barh(row, float(np.median(values)), height=0.6, color=COLOURS[0], alpha=0.75)
-        axis.text(float(np.median(values)) + 1, row, f"{np.median(values):.1f} %", va="center")
+        axis.text(float(np.median(values)) + 1, row, f"{np.median(values):.1f} %", va="center", color=_INK)
     axis.set_yticks(range(len(shares)), names)
     axis.set(xlim=(0, 100), ylim=(len(shares) - 0.5, -0.5), xlabel="energy of the weights in the core, %")
     axis.grid(visible=False, axis="y")
@@ -265,7 +266,7 @@ def _title(task: str | None) -> str:
     return "average" if task is None else task_title(task)
 
 
-def _short(number: float) -> str:
+def _short(number: float | int) -> str:
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

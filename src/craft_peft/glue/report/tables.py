@@ -27,7 +27,7 @@ class Cell:
 
     text: str
     detail: str = ""
-    value: float | None = None
+    value: float | int | None = None
     mark: str = ""
 
 
@@ -251,8 +251,9 @@ def movement(insights: Sequence[Insight]) -> Table:
         "How far the transforms moved",
         tuple(titles),
         tuple(rows),
-        "Energy held: the share of the pretrained weights' squared norm that the frozen core holds. Moved: the Frobenius "
-        "norm of J − I relative to that of I, for the transform of each mode.",
+        "Energy held: the share of the pretrained weights' squared norm that the frozen core holds. Moved: the "
+        "Frobenius norm of J − I relative to that of I, for the transform of each mode. In the heat maps blue is below zero, red "
+        "above; the colours end at the number above each.",
     )
 
 

@@ -124,7 +124,8 @@ def _average(grid: Grid, baseline: Variant, selection: Selection) -> Iterator[st
     medians = sorted(
         ((_median(grid, variant, None, selection) or 0, variant) for variant in whole), key=lambda pair: -pair[0]
     )
-    sentence = f"On average over all {len(grid.tasks)} tasks the best of {len(whole)} methods is {best.label}, {medians[0][0]:.1f}"
+    tasks, score = f"all {len(grid.tasks)} tasks", f"{medians[0][0]:.1f}"
+    sentence = f"On average over {tasks} the best of {len(whole)} methods is {best.label}, {score}"
     places = [variant for _, variant in medians]
     if baseline in places and baseline is not best:
         gap = medians[0][0] - medians[places.index(baseline)][0]
@@ -147,20 +148,21 @@ def _power(baseline: Variant, differences: Differences) -> Iterator[str]:
     best = min(1.0, smallest_p(most) * len(tested))
     if best >= LEVEL:
         yield (
-            f"With at most {most} seeds the smallest p-value that a paired test can give is {probability(smallest_p(most))}, "
-            f"and {probability(best)} after the correction: no difference on a single task can be significant here, however "
-            f"large. That would take {pairs_needed(len(tested))} seeds."
+            f"With at most {most} seeds the smallest p-value that a paired test can give is "
+            f"{probability(smallest_p(most))}, and {probability(best)} after the correction: no difference on a single "
+            f"task can be significant here, however large. That would take {pairs_needed(len(tested))} seeds."
         )
 
 
 def _together(baseline: Variant, differences: Differences) -> Iterator[str]:
+    together = "Over all tasks together, in pairs of task and seed"
     tested = [d for (_, task), d in differences.items() if task is None and d.is_tested]
     found = sorted((d for d in tested if d.is_significant), key=lambda d: -(d.mean or 0))
     if found:
         listed = ", ".join(f"{d.variant.label} {signed(d.mean or 0)} (p {probability(d.corrected)})" for d in found)
-        yield f"Over all tasks together, in pairs of task and seed, these differ significantly from {baseline.label}: {listed}."
+        yield f"{together}, these differ significantly from {baseline.label}: {listed}."
     elif tested:
-        yield f"Over all tasks together, in pairs of task and seed, no method differs significantly from {baseline.label}."
+        yield f"{together}, no method differs significantly from {baseline.label}."
 
 
 def _median(grid: Grid, variant: Variant, task: str | None, selection: Selection) -> float | None:
