@@ -6,8 +6,8 @@
 A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; between them comes what the Jinja template
 docs/templates/NAME.md.jinja renders. A template calls `results("craft/*.json")` for the result files under results/
 (a list of dictionaries, sorted by file name, each with its `path`) and has the filter `median`; `report("minilm")` is
-what `craft-peft report results/minilm` shows, with the filter `markdown` for one of its tables and `report_markdown` for
-the whole. Both comments may stand within a line, for a number in a sentence.
+what `craft-peft report results/minilm` shows, with the filter `markdown` for one of its tables and `report_markdown`
+for the whole. Both comments may stand within a line, for a number in a sentence.
 """
 
 import argparse

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from fake_results import fake_result, write_results, write_run
 
-from craft_peft import CraftError
 from craft_peft.cli.main import main
 from craft_peft.glue.report import words
 from craft_peft.glue.report.checking import Unusable, parse_result
@@ -29,6 +28,7 @@ from craft_peft.glue.report.transforms import read_stacks
 PROJECT = Path(__file__).resolve().parent.parent
 TASKS = ("rte", "stsb")
 LAST = SELECTIONS["last"]
+SECONDS = {"startup": None, "setup": 10.0, "training": 80.0, "evaluation": 8.0, "saving": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,8 @@ class TestChecking:
     @pytest.mark.parametrize("task", ["cola", "mrpc", "rte", "stsb", "sst2"])
     def test_a_whole_result_passes(self, task: str) -> None:
         result = fake_result("lora", task, 2)
-        read, extra = parse_result(json.dumps(dataclasses.asdict(result)))
-        assert read == result and extra == {}
+        read, fields = parse_result(json.dumps({**dataclasses.asdict(result), "more": 1}))
+        assert read == result and fields["more"] == 1
 
     @pytest.mark.parametrize(("change", "message"), EDITS.values(), ids=EDITS)
     def test_an_edited_one_does_not(self, change: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -104,6 +104,11 @@ class TestChecking:
             ("[1]", "no JSON object"),
             ("{}", "has no field `task`: edited"),
             (edited(lambda fields: None)[:-200], "not whole JSON, cut short or edited"),
+            (
+                '{"task": "rte", "method": "lora", "diverged": "loss is nan"}',
+                "it diverged, so has no score: loss is nan",
+            ),
+            ('{"kind": "failed", "reason": "disk full"}', "it failed, so has no score: disk full"),
         ],
     )
     def test_what_is_no_result(self, text: str, message: str) -> None:
@@ -175,6 +180,15 @@ class TestGrouping:
         assert all(len(variant.runs) == 6 for variant in grid.variants)
         assert what_differs(grid) == ["RTE: the runs differ in epochs (5; 7)."]
 
+    def test_names_of_an_experiment(self, tmp_path: Path) -> None:
+        for name, label, chooses in (("craft", "ours", False), ("lora", "small", False), ("lora", "small", True)):
+            about = {"label": label, "task": "rte from mnli", "chooses_rate": chooses}
+            (tmp_path / f"{name}-{chooses}.json").write_text(edited(lambda f, a=about: f.update(experiment=a), name))
+        report = make_report([tmp_path])
+        assert [variant.label for variant in report.grid.variants] == ["ours", "small"]
+        assert report.grid.tasks == ("rte from mnli",) and len(report.grid.runs) == 2
+        assert report.notes == ["Not compared: 1 run that chose a learning rate on held-out rows."]
+
     def test_scores_by_seed_and_their_average(self, results: Path) -> None:
         grid, _ = make_grid(read_runs([results]).runs)
         craft = grid.find("craft")
@@ -202,6 +216,7 @@ class TestGrouping:
         other = dataclasses.replace(
             other,
             model="another",
+            loss=[],
             versions={"craft-peft": "0.2.0"},
             data={**other.data, "train": 2000},
             config={**other.config, "precision": "bf16"},
@@ -312,10 +327,9 @@ class TestShowing:
         assert "no figures of its adapter" in report.left_out[0].reason and len(report.grid.runs) == 1
 
     def test_setup_share_where_it_is_known(self, tmp_path: Path) -> None:
-        (tmp_path / "a.json").write_text(edited(lambda fields: fields.update(setup_seconds=241.0)))
-        assert "setup, %" in render_markdown(make_report([tmp_path])) and "| 50.0 |" in render_markdown(
-            make_report([tmp_path])
-        )
+        (tmp_path / "a.json").write_text(edited(lambda fields: fields.update(time=SECONDS)))
+        text = render_markdown(make_report([tmp_path]))
+        assert "setup, %" in text and "| 12.0 |" in text
 
     def test_the_page_needs_nothing_else(self, results: Path) -> None:
         page = render_page(make_report([results], against="published"))
@@ -341,7 +355,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
-            (["--baseline", "lorra"], "No result is of a method `lorra`. Did you mean `lora (r 4)`?"),
+            (["--baseline", "lorra"], "No result is of a method `lorra`. Did you mean `lora`?"),
             (["--baseline", "lora"], "several settings of `lora`: `lora (r 4)`, `lora (r 8)`. Name one"),
             (["--against", "publishd"], "no figures `publishd`. Did you mean `published`?"),
             (["--to", "no/such/page.html"], "there is no folder no/such"),

@@ -20,9 +20,9 @@ from craft_peft.glue.tasks import TASKS
 
 FILES = ["CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI", "AX"]
 WRITTEN = {
-    **dict.fromkeys(("CoLA", "SST-2", "MRPC", "QQP", "WNLI"), {"0", "1"}),
-    **dict.fromkeys(("QNLI", "RTE"), {"entailment", "not_entailment"}),
-    **dict.fromkeys(("MNLI-m", "MNLI-mm", "AX"), {"entailment", "neutral", "contradiction"}),
+    **dict.fromkeys(("CoLA", "SST-2", "MRPC", "QQP", "WNLI"), frozenset(("0", "1"))),
+    **dict.fromkeys(("QNLI", "RTE"), frozenset(("entailment", "not_entailment"))),
+    **dict.fromkeys(("MNLI-m", "MNLI-mm", "AX"), frozenset(("entailment", "neutral", "contradiction"))),
 }
 # What the official test files have before and between the texts.
 EXTRA = {"STS-B": ["genre", "filename", "year", "old_index", "source1", "source2"], "MRPC": ["#1 ID", "#2 ID"]}

@@ -7,6 +7,7 @@ The modules need the extra `glue` (`pip install "craft-peft[glue]"`), so that th
 - Runs: `settings` (`TrainingConfig`), `training` (`train`), `optimization`, `runs` (the output folder), `results`,
   `machine`, `summary`
 - Report: `report` (tables, pictures and words from result files)
-- Use: `inference` (scores and predictions of a trained run), `submission` (the files of GLUE's server), `inspection` (a model's stacks)
+- Use: `inference` (scores and predictions of a trained run), `submission` (the files of GLUE's server), `inspection`
+  (a model's stacks)
 - Demo: `docstrings` (its text set), `comparison` (its table and page)
 """

@@ -150,7 +150,7 @@ def plan(runs: dict[str, Path], data: Path, fill: bool) -> Plan:
         path = next((data / source for source in test.sources if (data / source).is_file()), None)
         if path is None and test.task in runs:
             raise CraftError(
-                f"There is no file {data / test.sources[0]}, the test set of {test.name}, which {runs[test.task]} is to "
+                f"There is no file {data / test.sources[0]}, the test set of {test.name} that {runs[test.task]} is to "
                 "predict. Give the folder of the whole GLUE download with `--data`."
             )
         if path is not None:

@@ -14,6 +14,8 @@ from ..results import EpochRecord, Result, choose_scores
 from ..tasks import TASKS
 
 FORMAT = "craft-peft result 1"
+FAILURES = ("failed", "diverged")
+"""What a file that stands for a run without a result says of it."""
 
 _RESULT = TypeAdapter(Result)
 _SHARES = ("accuracy",)
@@ -31,7 +33,7 @@ def parse_result(text: str) -> tuple[Result, dict[str, Any]]:
         text: What the file holds.
 
     Returns:
-        The result, and further fields that a result need not have.
+        The result, and all fields of the file, for those that a result need not have.
 
     Raises:
         Unusable: Not JSON, not a result of this version, or a result that contradicts itself.
@@ -59,8 +61,7 @@ def parse_result(text: str) -> tuple[Result, dict[str, Any]]:
         )
     for fault in faults(result):
         raise Unusable(f"contradicts itself: {fault}")
-    known = set(Result.__dataclass_fields__)
-    return result, {name: value for name, value in fields.items() if name not in known}
+    return result, fields
 
 
 def _explain(error: ValidationError, text: str) -> str:
@@ -70,15 +71,19 @@ def _explain(error: ValidationError, text: str) -> str:
         return f"not whole JSON, cut short or edited ({first['ctx']['error']})"
     if not where:
         return "not a result: no JSON object"
-    version = _version(text)
+    fields = json.loads(text)
+    if reason := fields.get("diverged") or (fields.get("reason") if fields.get("kind") in FAILURES else None):
+        return (
+            f"it {'diverged' if 'diverged' in (*fields, fields.get('kind')) else 'failed'}, so has no score: {reason}"
+        )
+    version = _version(fields)
     if first["type"] == "missing":
         return f"has no field `{where}`: {version} or no result at all"
     return f"`{where}` is {json.dumps(first['input'])[:60]}, {first['msg'][0].lower()}{first['msg'][1:]}: {version}"
 
 
-def _version(text: str) -> str:
-    fields = json.loads(text)
-    versions = fields.get("versions") if isinstance(fields, dict) else None
+def _version(fields: dict[str, Any]) -> str:
+    versions = fields.get("versions")
     version = versions.get("craft-peft") if isinstance(versions, dict) else None
     return f"written by craft-peft {version} and not as this version does, edited," if version else "edited,"
 

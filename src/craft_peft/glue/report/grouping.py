@@ -19,7 +19,7 @@ from .reading import LeftOut, Run
 # Settings that make no other method: where a run comes from and goes to, and what a budget has become ranks by.
 _NOT_OF_THE_METHOD = {
     *("seed", "output", "task", "data", "dev_data", "text_columns", "label_column", "kind", "method", "adapter"),
-    *("budget", "recipe", "train_rows"),
+    *("budget", "recipe", "report_to", "resume", "overwrite"),
 }
 # The order in which settings are used to tell two variants of a method apart.
 _TELLING = ("model", "method_options", "ranks", "target_modules")
@@ -173,7 +173,8 @@ class Grid:
         if of_method:
             several = ", ".join(f"`{variant.label}`" for variant in of_method)
             raise CraftError(f"The results hold several settings of `{name}`: {several}. Name one of them.")
-        near = difflib.get_close_matches(name.lower(), labels, n=1, cutoff=0.4)
+        methods = [variant.method for variant in self.variants]
+        near = difflib.get_close_matches(name.lower(), [*methods, *labels], n=1, cutoff=0.4)
         hint = f" Did you mean `{near[0]}`?" if near else ""
         raise CraftError(f"No result is of a method `{name}`.{hint} The results are of: {listed}.")
 
@@ -191,15 +192,22 @@ def task_title(task: str) -> str:
 def make_grid(runs: Sequence[Run]) -> tuple[Grid, list[LeftOut]]:
     """Groups results by method, setting, task and seed.
 
-    Two runs of a method are of different variants when, on one task, any of their settings differ. Settings that
-    differ between tasks only (epochs) make no variants.
+    Two runs of a method are of different variants when an experiment calls them so, or else when, on one task, any of
+    their settings differ. Settings that differ between tasks only (epochs) make no variants. Runs that were there to
+    choose a learning rate by are left aside.
 
     Args:
         runs: At least one.
 
     Returns:
         The grid, and runs that repeat a seed with another outcome.
+
+    Raises:
+        CraftError: All runs were there to choose a learning rate by.
     """
+    runs = [run for run in runs if not run.experiment.get("chooses_rate")]
+    if not runs:
+        raise CraftError("All results are of runs that choose a learning rate. Give those of the comparison, too.")
     order = {name: number for number, name in enumerate(METHODS)}
     methods = sorted({run.result.method for run in runs}, key=lambda name: (order.get(name, len(order)), name))
     variants: list[Variant] = []
@@ -209,29 +217,39 @@ def make_grid(runs: Sequence[Run]) -> tuple[Grid, list[LeftOut]]:
         for label, members in _split(method, of_method).items():
             kept: dict[tuple[str, int], Run] = {}
             for run in members:
-                key = run.result.task, run.result.seed
+                key = run.task, run.result.seed
                 if key in kept:
                     reason = f"a second run of {label} on {key[0]} with seed {key[1]}; the first is {kept[key].path}"
                     left_out.append(LeftOut(run.path, reason))
                 kept.setdefault(key, run)
             variants.append(Variant(label, method, kept))
-    names = {run.result.task for run in runs}
+    names = {run.task for run in runs}
     tasks = [task for task in TASKS if task in names] + sorted(names - set(TASKS))
     return Grid(tuple(variants), tuple(tasks)), left_out
 
 
 def _split(method: str, runs: list[Run]) -> dict[str, list[Run]]:
+    named: dict[str, list[Run]] = {}
+    for run in runs:
+        named.setdefault(str(run.experiment.get("label", "")), []).append(run)
+    unnamed = named.pop("", [])
+    for label, members in (_tell_apart(method, unnamed) if unnamed else {}).items():
+        named.setdefault(label, []).extend(members)
+    return named
+
+
+def _tell_apart(method: str, runs: list[Run]) -> dict[str, list[Run]]:
     settings = [_settings(run.result) for run in runs]
     by_task: dict[str, list[dict[str, Any]]] = {}
     for run, values in zip(runs, settings, strict=True):
-        by_task.setdefault(run.result.task, []).append(values)
+        by_task.setdefault(run.task, []).append(values)
     names = sorted({name for values in settings for name in values}, key=lambda name: (_rank(name), name))
     varying = [
         name
         for name in names
         if any(len({_key(values.get(name)) for values in of_task}) > 1 for of_task in by_task.values())
     ]
-    telling = _fewest(varying, settings)
+    telling = _fewest(varying, list(by_task.values()))
     groups: dict[str, list[Run]] = {}
     for run, values in sorted(zip(runs, settings, strict=True), key=lambda pair: _order(telling, pair[1])):
         told = [text for name in telling if (text := _describe(method, name, values.get(name)))]
@@ -239,15 +257,15 @@ def _split(method: str, runs: list[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def _fewest(varying: list[str], settings: list[dict[str, Any]]) -> list[str]:
-    """The first settings that tell as many variants apart as all of them do."""
+def _fewest(varying: list[str], by_task: list[list[dict[str, Any]]]) -> list[str]:
+    """The first settings that tell as many variants apart on each task as all of them do."""
 
     def count(names: Sequence[str]) -> int:
-        return len({tuple(_key(values.get(name)) for name in names) for values in settings})
+        return sum(len({tuple(_key(values.get(name)) for name in names) for values in task}) for task in by_task)
 
     chosen: list[str] = []
     for name in varying:
-        if count([*chosen, name]) > max(1, count(chosen)):
+        if count([*chosen, name]) > count(chosen):
             chosen.append(name)
     return chosen
 
@@ -295,7 +313,7 @@ def what_differs(grid: Grid) -> list[str]:
     if len(models) > 1:
         notes.append(f"The runs are of {len(models)} base models ({', '.join(models)}): compare within one only.")
     for task in grid.tasks:
-        results = [run.result for run in grid.runs if run.result.task == task]
+        results = [run.result for run in grid.runs if run.task == task]
         for name, value in _CONDITIONS.items():
             found = sorted({str(value(result)) for result in results})
             if len(found) > 1:

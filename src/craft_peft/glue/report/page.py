@@ -35,6 +35,7 @@ class Report:
         left_out: Files that are not used.
         unfinished: Run folders without a result.
         insights: What saved adapters tell.
+        chose_rates: How many runs were there to choose a learning rate by.
     """
 
     grid: Grid
@@ -45,6 +46,7 @@ class Report:
     left_out: tuple[LeftOut, ...]
     unfinished: tuple[Path, ...]
     insights: tuple[Insight, ...]
+    chose_rates: int = 0
 
     @property
     def summary(self) -> list[str]:
@@ -59,7 +61,9 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """What differs between runs that are compared."""
-        return what_differs(self.grid)
+        runs = "1 run" if self.chose_rates == 1 else f"{self.chose_rates} runs"
+        aside = f"Not compared: {runs} that chose a learning rate on held-out rows."
+        return what_differs(self.grid) + ([aside] if self.chose_rates else [])
 
     @property
     def overviews(self) -> list[tables.Table]:
@@ -122,6 +126,7 @@ def make_report(
         left_out=(*found.left_out, *repeated, *unread),
         unfinished=found.unfinished,
         insights=tuple(insights),
+        chose_rates=sum(bool(run.experiment.get("chooses_rate")) for run in found.runs),
     )
 
 

@@ -22,17 +22,23 @@ class Run:
     Args:
         path: The file.
         result: What it holds.
-        extra: Its fields beyond those of a `Result`.
+        fields: All fields of the file, for those that a `Result` need not have.
     """
 
     path: Path
     result: Result
-    extra: dict[str, Any]
+    fields: dict[str, Any]
 
     @property
-    def name(self) -> tuple[str, str, int]:
-        """Task, method and seed."""
-        return self.result.task, self.result.method, self.result.seed
+    def experiment(self) -> dict[str, Any]:
+        """What the run was in an experiment: `label` of its method, `task`, `chooses_rate`; empty for a single run."""
+        found = self.fields.get("experiment")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def task(self) -> str:
+        """The task, by its name in the experiment where there is one."""
+        return str(self.experiment.get("task") or self.result.task)
 
     @property
     def folder(self) -> Path | None:
@@ -135,7 +141,9 @@ def _once(runs: list[Run]) -> tuple[list[Run], list[LeftOut]]:
     # A run folder goes first: it has the adapter as well.
     for run in sorted(runs, key=lambda run: run.folder is None):
         result = run.result
-        key = repr((run.name, result.curve, result.loss, result.parameters.adapter, result.seconds))
+        key = repr(
+            (run.task, result.method, result.seed, result.curve, result.loss, result.parameters.adapter, result.seconds)
+        )
         if key in first:
             twice.append(LeftOut(run.path, f"the same run as {first[key].path}"))
         first.setdefault(key, run)

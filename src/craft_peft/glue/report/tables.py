@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..results import Result
 from .grouping import SELECTIONS, Grid, Selection, Spread, Variant, task_title
 from .published import PublishedRow
+from .reading import Run
 from .transforms import Insight
 from .words import Differences, probability, signed
 
@@ -203,7 +204,7 @@ def costs(grid: Grid) -> Table:
     rows = []
     for variant in grid.variants:
         cells = [_range(variant.spread(value), form) for value, form in columns.values()]
-        setup = [share for run in variant.runs.values() if (share := _setup(run.extra, run.result)) is not None]
+        setup = [share for run in variant.runs.values() if (share := _setup(run)) is not None]
         cells.append(_number(Spread(tuple(setup)) if setup else None, "{:.1f}"))
         rows.append((Cell(variant.label), Cell(f"{len(variant.runs)}", value=len(variant.runs)), *cells))
     titles = [Column("method", False), Column("runs"), *map(Column, columns), Column("setup, %")]
@@ -216,7 +217,8 @@ def costs(grid: Grid) -> Table:
         tuple(rows),
         "Trained numbers of the adapter and of the head, with the range over the tasks where it is one. Stored: the "
         "saved weight files, with what a method keeps besides its trained numbers; the whole model where no adapter is "
-        "saved. Seconds a step: of all wall time, the evaluations after each epoch included.",
+        "saved. Seconds a step: of all wall time, the evaluations after each epoch included. Setup, where it is known: "
+        "the share of a run's time that is neither training nor evaluation.",
     )
 
 
@@ -252,8 +254,8 @@ def movement(insights: Sequence[Insight]) -> Table:
         tuple(titles),
         tuple(rows),
         "Energy held: the share of the pretrained weights' squared norm that the frozen core holds. Moved: the "
-        "Frobenius norm of J − I relative to that of I, for the transform of each mode. In the heat maps blue is below zero, red "
-        "above; the colours end at the number above each.",
+        "Frobenius norm of J − I relative to that of I, for the transform of each mode. In the heat maps blue is below "
+        "zero, red above; the colours end at the number above each.",
     )
 
 
@@ -336,8 +338,11 @@ def _step_seconds(result: Result) -> float | None:
     return result.seconds / result.loss[-1][0] if result.loss else None
 
 
-def _setup(extra: dict[str, object], result: Result) -> float | None:
-    seconds = extra.get("setup_seconds")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0:
+def _setup(run: Run) -> float | None:
+    """The share of a run's time before the first step and after the last, in percent; None where it was not kept."""
+    parts = run.fields.get("time")
+    if not isinstance(parts, dict) or "setup" not in parts:
         return None
-    return 100 * seconds / (seconds + result.seconds) if seconds + result.seconds else None
+    known = {name: part for name, part in parts.items() if isinstance(part, int | float)}
+    whole = sum(known.values())
+    return 100 * (1 - (known.get("training", 0) + known.get("evaluation", 0)) / whole) if whole > 0 else None

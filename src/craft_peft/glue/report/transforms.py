@@ -75,7 +75,7 @@ def read_insights(grid: Grid) -> tuple[list[Insight], list[LeftOut]]:
             weights = run.folder / WEIGHTS if run.folder else None
             stacks: tuple[Stack, ...] = ()
             try:
-                stacks = read_stacks(weights) if weights and weights.is_file() else _kept(run.extra)
+                stacks = read_stacks(weights) if weights and weights.is_file() else _kept(run.fields)
             except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
                 left_out.append(LeftOut(weights or run.path, f"no figures of its adapter: {error}"))
             if stacks:
@@ -119,8 +119,8 @@ def _energy(tensors: dict[str, torch.Tensor]) -> float | None:
     return core.double().square().sum().item() / whole if whole > 0 else None
 
 
-def _kept(extra: dict[str, Any]) -> tuple[Stack, ...]:
-    figures = extra.get("adapter_figures") or {}
+def _kept(fields: dict[str, Any]) -> tuple[Stack, ...]:
+    figures = fields.get("adapter_figures") or {}
     return tuple(
         Stack(str(name), _share(kept.get("energy")), {mode: float(kept["moved"][mode]) for mode in _modes(kept)})
         for name, kept in sorted(figures.items())
