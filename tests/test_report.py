@@ -141,6 +141,14 @@ class TestReading:
         assert [each.path for each in found.runs] == [run / "result.json"]
         assert [(left.path.parent, left.reason[:17]) for left in found.left_out] == [(published, "the same run as /")]
 
+    def test_a_folder_takes_the_name_of_its_published_copy(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "run")
+        for name, chooses in (("a", True), ("b", False)):
+            about = {"label": f"ours {name}", "chooses_rate": chooses}
+            (tmp_path / f"{name}.json").write_text(edited(lambda fields, a=about: fields.update(experiment=a)))
+        (run,) = read_runs([tmp_path]).runs
+        assert run.folder == tmp_path / "run" and run.experiment["label"] == "ours b"
+
     def test_two_outcomes_of_one_seed(self, tmp_path: Path) -> None:
         write_results(tmp_path / "a", ("lora",), ("rte",), (0,))
         other = dataclasses.replace(fake_result("lora", "rte", 0), seconds=999.0)
@@ -183,7 +191,8 @@ class TestGrouping:
     def test_names_of_an_experiment(self, tmp_path: Path) -> None:
         for name, label, chooses in (("craft", "ours", False), ("lora", "small", False), ("lora", "small", True)):
             about = {"label": label, "task": "rte from mnli", "chooses_rate": chooses}
-            (tmp_path / f"{name}-{chooses}.json").write_text(edited(lambda f, a=about: f.update(experiment=a), name))
+            change = {"experiment": about, "seconds": 900.0 + chooses}
+            (tmp_path / f"{name}-{chooses}.json").write_text(edited(lambda f, c=change: f.update(c), name))
         report = make_report([tmp_path])
         assert [variant.label for variant in report.grid.variants] == ["ours", "small"]
         assert report.grid.tasks == ("rte from mnli",) and len(report.grid.runs) == 2

@@ -136,18 +136,19 @@ def _walk(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
 
 def _once(runs: list[Run]) -> tuple[list[Run], list[LeftOut]]:
     """The runs without repetitions: the same training may lie there as a run folder and as a published file."""
-    first: dict[str, Run] = {}
-    twice = []
-    # A run folder goes first: it has the adapter as well.
-    for run in sorted(runs, key=lambda run: run.folder is None):
+    same: dict[str, list[Run]] = {}
+    for run in runs:
         result = run.result
-        key = repr(
-            (run.task, result.method, result.seed, result.curve, result.loss, result.parameters.adapter, result.seconds)
-        )
-        if key in first:
-            twice.append(LeftOut(run.path, f"the same run as {first[key].path}"))
-        first.setdefault(key, run)
-    return list(first.values()), twice
+        key = repr((result.task, result.method, result.seed, result.curve, result.loss, result.seconds))
+        same.setdefault(key, []).append(run)
+    kept, twice = [], []
+    for copies in same.values():
+        # A run folder has the adapter as well; a published file says what the run was in its experiment.
+        first = min(copies, key=lambda run: run.folder is None)
+        told = min(copies, key=lambda run: (not run.experiment, bool(run.experiment.get("chooses_rate"))))
+        kept.append(Run(first.path, first.result, {**first.fields, "experiment": told.experiment}))
+        twice += [LeftOut(run.path, f"the same run as {first.path}") for run in copies if run is not first]
+    return kept, twice
 
 
 def _nothing(paths: Sequence[str | Path], left_out: list[LeftOut], unfinished: list[Path]) -> str:
