@@ -70,7 +70,7 @@ class Table:
 
 NOTHING = Cell(MISSING, "no run", mark="missing")
 
-SPREAD_NOTE = "Median over seeds; below it, lowest to highest and the number of seeds. Times 100."
+SPREAD_NOTE = "Median over seeds, with lowest, highest and the number of seeds; times 100."
 APART_TITLE = (
     "Published figures: other models, other protocols. CoLA Matthews, STS-B Pearson, all else accuracy, where the "
     "rows above have the mean of a task's metrics. Not to be ranked with them."
@@ -106,7 +106,7 @@ def overview(grid: Grid, selection: Selection, published: Sequence[PublishedRow]
         (*columns, Column("average")),
         tuple(rows),
         f"{selection.title[0].upper()}{selection.title[1:]}: {selection.meaning}. {SPREAD_NOTE} The average is over "
-        f"the seeds that ran on all {len(grid.tasks)} tasks.",
+        f"the seeds that ran on all {len(grid.tasks)} tasks. Adapter: its trained numbers, without the head.",
         tuple(_published(row, grid.tasks) for row in published if set(row.scores) & set(grid.tasks)),
         APART_TITLE if published else "",
     )
