@@ -191,7 +191,7 @@ def test_from_a_trained_run_to_the_files(target: str, tmp_path: Path, capsys: py
     for name, numbers in (("train", range(32)), ("dev", range(32, 40))):
         rows = [f"{text}\t{int(label == 'good')}\n" for text, label in map(review, numbers)]
         (data / "SST-2" / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
-    words = ["--task", "sst2", "--data", data, "--output", tmp_path / "runs" / "sst2", "--epochs", 4]
+    words = ["--task", "sst2", "--data", data, "--output", tmp_path / "runs" / "sst2", "--epochs", 1]
     words += ["--model", write_encoder(tmp_path / "encoder"), "--learning-rate", 0.01, "--head-learning-rate", 0.02]
     assert main(["train", *map(str, words), "--batch-size", "8", "--ranks", "2,8,8"]) == 0
     (data / "QQP" / "test.tsv").unlink()
@@ -205,7 +205,9 @@ def test_from_a_trained_run_to_the_files(target: str, tmp_path: Path, capsys: py
         with zipfile.ZipFile(tmp_path / target) as archive:
             assert sorted(archive.namelist()) == sorted(f"{name}.tsv" for name in FILES)
             text = archive.read("SST-2.tsv").decode()
-    assert read(text)[1] == [str(int(review(row)[1] == "good")) for row in range(6)]
+    assert main(["predict", str(tmp_path / "runs" / "sst2"), str(data / "SST-2" / "test.tsv"), "--json"]) == 0
+    labels = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    assert read(text)[1] == [str(TASKS["sst2"].labels.index(label)) for label in labels]
 
 
 def test_the_real_test_sets_have_the_official_size(glue_dir: Path, tmp_path: Path) -> None:
