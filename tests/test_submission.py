@@ -6,7 +6,6 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tiny_encoder import review, write_encoder
 
 from craft_peft.cli.main import main
 from craft_peft.glue import submission
+from craft_peft.glue.models import TrainedModel
 from craft_peft.glue.submission import TEST_SETS, find_runs, plan, predict_submission
 from craft_peft.glue.tasks import TASKS
 
@@ -67,7 +67,13 @@ def guesses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
         return np.eye(len(trained.task.labels))[lengths % len(trained.task.labels)]
 
     monkeypatch.setattr(submission, "predict_logits", logits)
-    return lambda path: SimpleNamespace(task=TASKS[path.name])
+
+    def load(path: Path) -> TrainedModel:
+        trained = object.__new__(TrainedModel)  # without a model and a tokenizer, which only `logits` would need
+        object.__setattr__(trained, "task", TASKS[path.name])
+        return trained
+
+    return load
 
 
 def read(text: str) -> tuple[list[str], list[str]]:

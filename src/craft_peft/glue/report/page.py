@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from . import pictures, tables, words
 from .grouping import SELECTIONS, Grid, Selection, Variant, make_grid, what_differs
@@ -151,10 +150,10 @@ def render_page(report: Report) -> str:
         .get_template("report.html.jinja")
         .render(
             report=report,
-            pictures=[(t, n, [(c, Markup(svg)) for c, svg in shown]) for t, n, shown in drawn],
-            inside=[(c, Markup(svg)) for c, svg in (*inside, *pictures.draw_moved(report.insights))],
-            style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-            script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+            pictures=drawn,
+            inside=[*inside, *pictures.draw_moved(report.insights)],
+            style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+            script=(TEMPLATES / "report.js").read_text(encoding="utf-8"),
             models=sorted({run.result.model for run in grid.runs}),
             version=metadata.version("craft-peft"),
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
