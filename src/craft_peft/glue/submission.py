@@ -96,13 +96,13 @@ def find_runs(folder: Path | None, named: Mapping[str, str | Path]) -> dict[str,
     if not folder.is_dir():
         raise CraftError(f"There is no folder {folder}. Give a folder of finished runs.")
     candidates: dict[str, list[Path]] = {}
-    for path, folders, files in os.walk(folder):
+    for here, folders, files in os.walk(folder):
         folders.sort()
         if METADATA not in files:
             continue
         folders.clear()
-        if (run := RunFolder(Path(path))).is_finished:
-            candidates.setdefault(_task_of(run.read_finished()), []).append(Path(path))
+        if (run := RunFolder(Path(here))).is_finished:
+            candidates.setdefault(_task_of(run.read_finished()), []).append(Path(here))
     if not candidates and not runs:
         raise CraftError(f"{folder} holds no finished run. Give the folder of the runs of `craft-peft train`.")
     for task, paths in candidates.items():

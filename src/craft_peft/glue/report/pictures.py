@@ -17,8 +17,10 @@ from .grouping import Grid, Selection, Spread, task_title
 from .transforms import MODES, Insight
 
 # Of middle lightness: readable on white and on near black. With the markers, no two of 84 methods look the same.
-COLOURS = ("#3b7dd8", "#d9772b", "#2f9e6e", "#c2476f", "#8a6fd1", "#a8891c", "#1f9bb0", "#9a6b4f", "#6f8f2f", "#b05fbf")
-COLOURS += ("#7f8a96", "#d4574b")
+COLOURS = (
+    *("#3b7dd8", "#d9772b", "#2f9e6e", "#c2476f", "#8a6fd1", "#a8891c"),
+    *("#1f9bb0", "#9a6b4f", "#6f8f2f", "#b05fbf", "#7f8a96", "#d4574b"),
+)
 MARKERS = "osD^vPX"
 # Stand-ins that no other element uses; the page decides what they become.
 _INK, _LINE = "#010203", "#040506"
