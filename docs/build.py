@@ -5,11 +5,14 @@
 
 A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; between them comes what the Jinja template
 docs/templates/NAME.md.jinja renders. A template calls `results("craft/*.json")` for the result files under results/
-(a list of dictionaries, sorted by file name, each with its `path`) and has the filter `median`. Both comments may
-stand within a line, for a number in a sentence.
+(a list of dictionaries, sorted by file name, each with its `path`) and has the filter `median`; `report("minilm")` is
+what `craft-peft report results/minilm` shows, with the filter `markdown` for one of its tables and `report_markdown`
+for the whole. Both comments may stand within a line, for a number in a sentence.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import re
 import statistics
@@ -37,6 +40,31 @@ def load_results(project: Path, pattern: str) -> list[dict[str, Any]]:
     return [{"path": path.relative_to(folder).as_posix(), **json.loads(path.read_text())} for path in paths]
 
 
+def load_report(project: Path, name: str) -> Any:
+    """What `craft-peft report` makes of a folder under results/; imported here, since other pages need no such code."""
+    from craft_peft.glue.report.page import make_report
+
+    # From the project's folder, so that the files it names are named the same everywhere.
+    with contextlib.chdir(project):
+        return make_report([Path("results") / name])
+
+
+def report_filters() -> dict[str, Any]:
+    """The filters that show a report."""
+
+    def as_markdown(table: Any) -> str:
+        from craft_peft.glue.report.markdown import as_markdown
+
+        return as_markdown(table)
+
+    def report_markdown(report: Any) -> str:
+        from craft_peft.glue.report.page import render_markdown
+
+        return render_markdown(report, title="")
+
+    return {"markdown": as_markdown, "report_markdown": report_markdown}
+
+
 def filled(page: str, project: Path = PROJECT) -> str:
     """The text of a page with every generated region rendered anew."""
     environment = jinja2.Environment(
@@ -46,7 +74,8 @@ def filled(page: str, project: Path = PROJECT) -> str:
         lstrip_blocks=True,
     )
     environment.globals["results"] = lambda pattern: load_results(project, pattern)
-    environment.filters["median"] = statistics.median
+    environment.globals["report"] = functools.cache(lambda name: load_report(project, name))
+    environment.filters |= {"median": statistics.median, **report_filters()}
 
     def render(match: re.Match[str]) -> str:
         start, name, old, end = match.groups()

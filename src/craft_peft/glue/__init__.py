@@ -6,6 +6,8 @@ The modules need the extra `glue` (`pip install "craft-peft[glue]"`), so that th
 - Models: `methods` (the table of what can be trained, and its recipes), `models`, `heads`
 - Runs: `settings` (`TrainingConfig`), `training` (`train`), `optimization`, `runs` (the output folder), `results`,
   `machine`, `summary`
-- Use: `inference` (scores and predictions of a trained run), `inspection` (a model's stacks)
+- Report: `report` (tables, pictures and words from result files)
+- Use: `inference` (scores and predictions of a trained run), `submission` (the files of GLUE's server), `inspection`
+  (a model's stacks)
 - Demo: `docstrings` (its text set), `comparison` (its table and page)
 """
