@@ -350,12 +350,15 @@ def test_distributed_data_parallel_prepares_as_often(method, checkpointing, expe
 
 
 @every_sharing_method
-def test_a_mixed_batch_prepares_each_adapter_once(method, times):
+def test_a_mixed_batch_prepares_each_adapter_at_most_once(method, times):
+    """Adapters on common bases are not prepared at all: the rows go through their transforms."""
     model, _ = moved(method)
     model.add_adapter("second", method.config(task_type="SEQ_CLS", target_modules=["key", "value"], init_weights=False))
     times.clear()
     model.eval()(tokens(), adapter_names=["default", "second"])
-    assert times == dict.fromkeys(adapters_of(model, "default") | adapters_of(model, "second"), 1)
+    adapters = adapters_of(model, "default") | adapters_of(model, "second")
+    assert set(times) <= adapters and set(times.values()) == {1}
+    assert set(times) == adapters or method.name == "craft"
 
 
 @every_sharing_method

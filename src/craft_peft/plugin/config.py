@@ -94,7 +94,12 @@ class StackConfig(PeftConfig):
         self.exclude_modules = (
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
         )
-        self._check_fields()
+        try:
+            self._check_fields()
+        except (TypeError, AttributeError):  # of a field of another type than this one
+            check_types(self)
+            raise
+        check_types(self)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT, which saves the tensors first: with their checksum."""
@@ -102,7 +107,6 @@ class StackConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     def _check_fields(self) -> None:
-        check_types(self)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise CraftError(
                 "`layers_to_transform` cannot be used when `target_modules` is a string: select the layers in the "

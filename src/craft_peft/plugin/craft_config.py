@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 from peft import PeftType
 
@@ -97,11 +97,6 @@ class CraftConfig(StackConfig):
                 f"trained_modes={self.trained_modes!r} has to name at least one of the modes 0 (layers), 1 (out) and "
                 "2 (in)."
             )
-        for name, allowed in (("decomposition", Decomposition), ("tying", Tying), ("basis", Basis)):
-            if getattr(self, name) not in get_args(allowed):
-                raise CraftError(
-                    f"{name}={getattr(self, name)!r} is unknown. Use one of {', '.join(get_args(allowed))}."
-                )
         if self.tying == "free" and self.trained_modes != (0, 1, 2):
             raise CraftError(
                 f"trained_modes={self.trained_modes} has no meaning with tying='free', which has no transforms. Leave "

@@ -33,6 +33,8 @@ def check_types(config: Any) -> None:
         if not conforms(value, hint):
             shown = repr(value)
             shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+            if get_origin(hint) is Literal:
+                raise CraftError(f"{name}={shown} is unknown. Use one of {', '.join(map(str, get_args(hint)))}.")
             raise CraftError(f"{name}={shown} has the wrong type: {_describe(hint)} is needed.")
 
 

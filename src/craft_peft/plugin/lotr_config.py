@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from peft import PeftType
 
 from ..adapters.lotr import LotrAdapter, LotrStart
 from ..errors import CraftError
 from ..weights import StackShape
-from .config import StackConfig, check_choice, check_positive, check_whole_number
+from .config import StackConfig, check_positive, check_whole_number
 from .stacks import Together
 
 LotrGroup = Literal["all", "per_projection"]
@@ -69,8 +69,6 @@ class LotrConfig(StackConfig):
         check_whole_number("r", self.r)
         for pattern, r in self.rank_pattern.items():
             check_whole_number(f"rank_pattern[{pattern!r}]", r)
-        check_choice("group", self.group, get_args(LotrGroup))
-        check_choice("init", self.init, get_args(LotrStart))
         if self.init_std is not None:
             check_positive("init_std", self.init_std)
         if self.init == "svd" and self.alpha == 0:

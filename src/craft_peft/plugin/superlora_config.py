@@ -139,10 +139,8 @@ class SuperLoraConfig(StackConfig):
                 "order 3 and above into a tensor with a core."
             )
         check_whole_number("splits", self.splits)
-        check_choice("core", self.core, ("auto", "identity", "dense"))
         self._check_sizes()
         self._check_identity_modes()
-        check_choice("projection", self.projection, ("none", "fastfood"))
         if not 0 < self.projection_ratio <= 1:
             raise CraftError(
                 f"projection_ratio={self.projection_ratio} is outside (0, 1]: it is how many numbers a group is made "
