@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ from .settings import TrainingConfig as TrainingConfig
 from .settings import read_data
 from .summary import print_summary
 from .targets import empty_model, find_model_targets
+
+EVALUATED = re.compile("eval_.*_runtime")
 
 
 def train(
@@ -121,7 +124,7 @@ class _Clock:
         """What turns the trainer's log into seconds, when everything is saved."""
 
         def seconds(log: list[dict[str, Any]]) -> Seconds:
-            evaluation = sum(value for entry in log for name, value in entry.items() if name.endswith("_runtime"))
+            evaluation = sum(value for entry in log for name, value in entry.items() if EVALUATED.fullmatch(name))
             return Seconds(
                 startup=self.startup,
                 setup=watch.began - self.start,

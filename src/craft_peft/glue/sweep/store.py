@@ -79,10 +79,10 @@ class Store:
 
     def look(self, path: Path) -> bool:
         """Whether a finished run is in a folder; if so, it is kept in mind."""
-        run = RunFolder(path)
-        if not run.is_finished:
+        try:
+            settings = RunFolder(path).read_finished()["settings"]
+        except CraftError:
             return False
-        settings = run.read_finished()["settings"]
         if settings.get("task") is not None:
             self.finished[identity(settings)] = path
         return True
