@@ -92,7 +92,9 @@ class TestResults:
     def test_published_is_the_result_with_its_label(self, swept: tuple[Path, InProcess, Told]) -> None:
         workshop, _, _ = swept
         names = {path.name for path in (workshop / "results").glob("*.json")}
-        assert names == {f"{t}-{m}-seed{s}.json" for t in ("sst2", "cola") for m in ("craft", "lora-r2", "head") for s in (0, 1)}
+        assert names == {
+            f"{t}-{m}-seed{s}.json" for t in ("sst2", "cola") for m in ("craft", "lora-r2", "head") for s in (0, 1)
+        }
         result = json.loads((workshop / "results" / "cola-lora-r2-seed1.json").read_text())
         about = result["experiment"]
         assert (about["name"], about["label"], about["task"], about["setting"]) == ("tiny", "lora r=2", "cola", "r 2")

@@ -52,7 +52,10 @@ RUNS = 4 + 4 + 4 + 1  # craft, lora and head on two tasks with two seeds; one ru
 
 def write_glue(folder: Path) -> Path:
     """SST-2 and CoLA in the layout of the official files."""
-    for task, head, row in (("SST-2", "sentence\tlabel\n", "{text}\t{label}\n"), ("CoLA", "", "x\t{label}\t*\t{text}\n")):
+    for task, head, row in (
+        ("SST-2", "sentence\tlabel\n", "{text}\t{label}\n"),
+        ("CoLA", "", "x\t{label}\t*\t{text}\n"),
+    ):
         (folder / task).mkdir(parents=True)
         for name, numbers in (("train", range(64)), ("dev", range(64, 96))):
             rows = [row.format(text=text, label=int(label == "good")) for text, label in map(review, numbers)]

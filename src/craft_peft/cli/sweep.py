@@ -56,7 +56,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     which.add_argument("--retry-failed", action="store_true", help="also do runs again that failed before")
     _add_executor(parser)
     parser.add_argument(
-        "--report-to", type=words_or_none, default=(), metavar="NAME", help="tensorboard, wandb or mlflow (default: none)"
+        "--report-to",
+        type=words_or_none,
+        default=(),
+        metavar="NAME",
+        help="tensorboard, wandb or mlflow (default: none)",
     )
     parser.set_defaults(run=run, interrupted=" The same command goes on from the last checkpoints.")
 
@@ -66,7 +70,9 @@ def _add_executor(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--executor", default="local", choices=("local", "ray"), help="(default: local)")
     where.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: as many as fit)")
     where.add_argument("--threads", type=int, default=1, metavar="N", help="processor cores of a run (default: 1)")
-    where.add_argument("--address", metavar="HOST", help="with ray: the cluster, or auto (default: one on this machine)")
+    where.add_argument(
+        "--address", metavar="HOST", help="with ray: the cluster, or auto (default: one on this machine)"
+    )
     where.add_argument("--gpus", type=float, default=0, metavar="N", help="with ray: GPUs of a run (default: 0)")
     where.add_argument("--memory", type=float, metavar="GIB", help="with ray: memory of a run")
     where.add_argument(

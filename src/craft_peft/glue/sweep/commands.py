@@ -1,4 +1,7 @@
-"""Runs a command in a process that does not outlive this one. Standard library alone: Ray sends this file to its nodes."""
+"""Runs a command in a process that does not outlive this one.
+
+The standard library alone: Ray sends this file to its nodes.
+"""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ class RayExecutor:
                     warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
                     ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
             except (ConnectionError, ValueError) as error:
-                raise CraftError(f"No Ray cluster at `{address}`: {error} Start one with `ray start --head`.") from error
+                raise CraftError(
+                    f"No Ray cluster at `{address}`: {error} Start one with `ray start --head`."
+                ) from error
         # By value: a node then needs no import of this package, and of PyTorch, to watch over a process.
         ray.cloudpickle.register_pickle_by_value(commands)
         wanted = {"num_cpus": cpus, "num_gpus": gpus, **({} if memory is None else {"memory": memory})}

@@ -89,7 +89,7 @@ class Plan:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """All runs that are asked for, the most telling first; a run that chooses a rate goes before those it decides."""
+        """All runs that are asked for, the most telling first; one that chooses a rate goes before those it decides."""
         found: dict[Cell, None] = {}
         every = (tuple(self.experiment.tasks), tuple(self.experiment.methods))
         for tasks, methods in (*self.experiment.first, every):

@@ -35,7 +35,7 @@ class Kind:
 def _is(*types: type) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         # To Python, true is a whole number.
-        if isinstance(value, bool) and bool not in types or not isinstance(value, types):
+        if (isinstance(value, bool) and bool not in types) or not isinstance(value, types):
             raise TypeError
         return value
 

@@ -78,7 +78,9 @@ def describe_time(sweep: Sweep, slots: int) -> str:
         source = "by the time of finished runs"
     elif not measured:
         source = "by steps x tokens x the model's size, since no run of these tasks is finished"
-    return f"{len(found)} runs to come: {duration(total)}, or {duration(total / slots)} at {slots} at a time ({source})."
+    return (
+        f"{len(found)} runs to come: {duration(total)}, or {duration(total / slots)} at {slots} at a time ({source})."
+    )
 
 
 def describe_rates(sweep: Sweep) -> str:
