@@ -1,4 +1,4 @@
-"""Runs in processes of their own, here and on Ray; killed at bad moments, and by `accelerate launch` in two processes."""
+"""Runs in processes of their own, here, on Ray and by `accelerate launch`; killed at bad moments."""
 
 from __future__ import annotations
 

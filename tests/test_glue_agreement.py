@@ -50,10 +50,8 @@ def by_hand(workshop: Path, folder: Path) -> tuple[list[float], float]:
 
     def read(name: str) -> Dataset:
         with (workshop / f"{name}.csv").open() as file:
-            rows = [
-                dict(tokenizer(row["text"])) | {"labels": int(row["label"] == "good")} for row in csv.DictReader(file)
-            ]
-        return Dataset.from_list(rows)
+            texts = [(row["text"], int(row["label"] == "good")) for row in csv.DictReader(file)]
+        return Dataset.from_list([dict(tokenizer(text)) | {"labels": label} for text, label in texts])
 
     set_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(workshop / "encoder", num_labels=2)
@@ -112,7 +110,7 @@ class TestLoggers:
         words = ["train", "--output", str(tmp_path / "run"), "--model", str(workshop / "encoder"), "--report-to"]
         assert main([*words, "wandb"]) == 2
         assert "`--report-to wandb` needs a package that is not installed: pip install wandb" in capsys.readouterr().err
-        with pytest.raises(CraftError, match="Unknown logger `mlfow`. Did you mean `mlflow`"):
+        with pytest.raises(CraftError, match=r"Unknown logger `mlfow`\. Did you mean `mlflow`"):
             loggers.check_loggers(["mlfow"])
 
 

@@ -154,8 +154,9 @@ def find_line(text: str, place: tuple[str, ...]) -> int | None:
     """The line that a key stands on, or the heading of its table: as near as can be told without a parser of our own.
 
     Example:
-        >>> find_line('seeds = [0]\\n\\n[methods."lora r=8"]\\nmethod = "lora"\\nrank = 8', ("methods", "lora r=8", "rank"))
-        5
+        >>> lines = ["seeds = [0]", '[methods."lora r=8"]', 'method = "lora"', "rank = 8"]
+        >>> find_line(chr(10).join(lines), ("methods", "lora r=8", "rank"))
+        4
     """
     heading: list[str] = []
     found = None
