@@ -1,4 +1,4 @@
-"""Checks what a TOML file says, key by key; an error names file, line and key, what is allowed, and the nearest name."""
+"""Checks what a TOML file says, key by key; an error names the line, what is allowed, and the nearest name."""
 
 from __future__ import annotations
 
