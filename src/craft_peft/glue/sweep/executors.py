@@ -49,6 +49,7 @@ class LocalExecutor:
         self.environment = {"OMP_NUM_THREADS": str(threads)}
         self.pool = ThreadPoolExecutor(self.slots)
         self.processes: set[subprocess.Popen] = set()
+        self.closed = False
         # Each slot has a GPU of its own, as far as there are some.
         self.devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for slot in range(self.slots):
@@ -63,14 +64,20 @@ class LocalExecutor:
         own = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         command.environment.update({**self.environment, **own})
         try:
-            return run_command(command, self.processes.add)
+            return run_command(command, self._started)
         finally:
             self.devices.put(device)
 
+    def _started(self, process: subprocess.Popen) -> None:
+        self.processes.add(process)
+        if self.closed:
+            process.kill()
+
     def close(self) -> None:
         """Ends what still runs; it can be resumed."""
+        self.closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in self.processes:
+        for process in list(self.processes):
             if process.poll() is None:
                 process.kill()
         self.pool.shutdown()

@@ -71,11 +71,11 @@ class Sweep:
         self.factors: dict[str, float] = {}
         self.broken: dict[str, Record] = {}
         self.running: dict[Future[Ended], tuple[Planned, float]] = {}
+        self.choose_rates(Listener())
         for cell in self.cells:
             planned = plan.decide(cell, self.factors)
-            if planned is not None and self.state(cell) == FINISHED:
-                self.estimates.learn(planned, store.result(planned.id))
-        self.choose_rates(Listener())
+            if planned is not None:
+                self._keep(planned)
 
     def state(self, cell: Cell) -> str:
         """Where a run stands."""
