@@ -24,6 +24,7 @@ from craft_peft.glue.sweep.commands import Command, run_command
 from craft_peft.glue.sweep.executors import LocalExecutor
 from craft_peft.glue.sweep.runner import Listener
 
+PROJECT = Path(__file__).resolve().parent.parent
 ONE = ("sst2-head-seed0",)
 TIMES = ("seconds", "time", "peak_memory_bytes", "output", "processes")
 
@@ -202,29 +203,21 @@ def test_ray_starts_a_run_again_whose_worker_was_killed(
     assert bare(tmp_path) == expected
 
 
-def test_a_run_in_two_processes_agrees_with_one(workshop: Path, tmp_path: Path) -> None:
+def test_a_run_in_two_processes_agrees_with_one(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By `accelerate launch`, on gloo: one folder, one summary, the scores of one process."""
     encoder = json.loads((workshop / "encoder" / "config.json").read_text())
     shutil.copytree(workshop, tmp_path / "shop")
     still = {**encoder, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "shop" / "encoder" / "config.json").write_text(json.dumps(still))
-    toml = TOML.replace("hold_out = 0.2", "hold_out = 0.25").replace('"lora"\n', '"lora"\n')
+    toml = TOML.replace("hold_out = 0.2", "hold_out = 0.25")  # leaves 48 rows, three whole batches
     path = tmp_path / "shop" / "tiny.toml"
     path.write_text(toml.format(model=tmp_path / "shop" / "encoder"))
     only = ("sst2-lora-r2-seed0",)
     make_sweep(path, tmp_path / "one", only=only).run(InProcess(), Listener())
-    launch = (
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    )
-    launch += ("--main_process_port", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launch = ("--config_file", str(PROJECT / "examples" / "accelerate" / "ddp.yaml"), "--main_process_port", "0")
     sweep = make_sweep(path, tmp_path / "two", only=only, launch=launch)
     assert sweep.run(LocalExecutor(jobs=1), Told()), next((tmp_path / "two" / "runs").glob("*.log")).read_text()
     one, two = (json.loads((tmp_path / n / "results" / f"{only[0]}.json").read_text()) for n in ("one", "two"))

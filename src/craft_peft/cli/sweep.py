@@ -76,7 +76,7 @@ def _add_executor(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--gpus", type=float, default=0, metavar="N", help="with ray: GPUs of a run (default: 0)")
     where.add_argument("--memory", type=float, metavar="GIB", help="with ray: memory of a run")
     where.add_argument(
-        "--launch", metavar="WORDS", help="start each run by `accelerate launch WORDS`, as '--cpu --num_processes 2'"
+        "--launch", metavar="WORDS", help="start each run by `accelerate launch WORDS`, as '--config_file ddp.yaml'"
     )
 
 
