@@ -18,7 +18,7 @@ from tiny_sweep import TOML, InProcess, Told, make_sweep, write_sweep
 from transformers import TrainerCallback
 
 from craft_peft import CraftError
-from craft_peft.glue.runs import RunFolder
+from craft_peft.glue.runs import RESULT, RunFolder
 from craft_peft.glue.sweep import commands, executors
 from craft_peft.glue.sweep.commands import Command, run_command
 from craft_peft.glue.sweep.executors import LocalExecutor
@@ -131,12 +131,12 @@ class TestKilled:
                 patch.setattr(RunFolder, "publish", die)
             if moment == "half published":
                 move = shutil.move
-                patch.setattr(shutil, "move", lambda source, to: die() if "result" in str(to) else move(source, to))
+                patch.setattr(shutil, "move", lambda source, to: die() if to.name == RESULT else move(source, to))
             if moment == "claimed":
                 patch.setattr("craft_peft.glue.runs.os.replace", die)
             with pytest.raises(KeyboardInterrupt):
                 make_sweep(workshop / "tiny.toml", tmp_path, only=ONE).run(InProcess(*callbacks), Listener())
-        assert not list((tmp_path / "runs").rglob("result.json")) or moment == "staged"
+        assert not list((tmp_path / "runs").glob(f"*/{RESULT}"))
         assert make_sweep(workshop / "tiny.toml", tmp_path, only=ONE).run(InProcess(), Listener())
         assert bare(tmp_path) == expected
 

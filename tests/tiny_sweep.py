@@ -121,7 +121,10 @@ class DieOnce(TrainerCallback):
         self.step, self.marker, self.pid = step, marker, pid
 
     def on_step_end(self, args, state, control, **keywords):
-        if state.global_step == self.step and not self.marker.exists():
-            self.marker.touch()
+        if state.global_step == self.step:
+            try:
+                self.marker.touch(exist_ok=False)
+            except FileExistsError:
+                return
             os.kill(self.pid, signal.SIGKILL)
             signal.pause()  # until the pipe from the process that was killed ends this one

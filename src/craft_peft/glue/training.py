@@ -102,9 +102,10 @@ def train(
     print_summary(console, run.data, run.model, run.recipe, run.parameters, run.settings, run.held_out, run.steps)
     if checkpoint is not None:
         console.print(f"Resuming from {checkpoint.name}.")
-    trainer, watch = _make_trainer(run, folder, console, callbacks)
+    with log_folder(folder.logs):
+        trainer, watch = _make_trainer(run, folder, console, callbacks)
     try:
-        with quiet_transformers(), log_folder(folder.logs):
+        with quiet_transformers():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()
