@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -303,7 +303,8 @@ def start_from_run(model: nn.Module, folder: str | Path, method: str, base: str)
     saved = {name: tensor for file in files for name, tensor in load_file(file).items() if not name.startswith(heads)}
     try:
         if isinstance(model, PeftModel):
-            set_peft_model_state_dict(model, saved)
+            # PEFT wants the head too: it gets the one that the model has.
+            set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **saved})
         else:
             model.load_state_dict(saved, strict=False)
     except (ValueError, RuntimeError) as error:

@@ -260,7 +260,8 @@ class RunTrainer(Trainer):
         """
         parts = PARTS if self.args.device.type == "cpu" and self.args.world_size == 1 and not return_outputs else 1
         if parts == 1:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # Without the number of items, by which the trainer takes the mean loss for a sum and multiplies it.
+            return super().compute_loss(model, inputs, return_outputs)
         rows = len(inputs["labels"])
         split = split_by_length(inputs, parts)
         return sum(super(RunTrainer, self).compute_loss(model, part) * (len(part["labels"]) / rows) for part in split)

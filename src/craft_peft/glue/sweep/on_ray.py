@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import runpy
 import warnings
 from concurrent.futures import Future
 from typing import Any
@@ -55,10 +56,10 @@ class RayExecutor:
                 raise CraftError(
                     f"No Ray cluster at `{address}`: {error} Start one with `ray start --head`."
                 ) from error
-        # By value: a node then needs no import of this package, and of PyTorch, to watch over a process.
-        ray.cloudpickle.register_pickle_by_value(commands)
+        # Sent by value, since it is of no module: a node needs no import of this package to watch over a process.
+        self.plain = runpy.run_path(commands.__file__, run_name="watched")
         wanted = {"num_cpus": cpus, "num_gpus": gpus, **({} if memory is None else {"memory": memory})}
-        self.run = ray.remote(max_retries=RETRIES, **wanted)(commands.run_command)
+        self.run = ray.remote(max_retries=RETRIES, **wanted)(self.plain["run_command"])
 
     @property
     def slots(self) -> int:
@@ -72,7 +73,7 @@ class RayExecutor:
     def submit(self, command: Command) -> Future[Ended]:
         """Starts a command when its resources are free."""
         command.environment["OMP_NUM_THREADS"] = str(max(1, self.cpus))
-        return self.run.remote(command).future()
+        return self.run.remote(self.plain["Command"](**vars(command))).future()
 
     def close(self) -> None:
         """Ends what still runs, and the cluster if it was ours."""
