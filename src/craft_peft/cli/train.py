@@ -89,10 +89,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAME[,NAME]",
         help="modules to adapt (default: query and value, as the model calls them)",
     )
-    recipe = parser.add_argument_group("recipe (defaults: the method's)")
-    types = {entry: type(getattr(Recipe(epochs=1), entry)) for entry in RECIPE_HELP}
-    for name, text in RECIPE_HELP.items():
-        recipe.add_argument(f"--{name.replace('_', '-')}", type=types[name], help=text)
+    _add_recipe(parser)
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(
         "--hold-out",
@@ -129,6 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
     if machine.join_processes().is_main_process:
         print_result(Console(), result)
     return 0
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    recipe = parser.add_argument_group("recipe (defaults: the method's)")
+    types = {entry: type(getattr(Recipe(epochs=1), entry)) for entry in RECIPE_HELP}
+    for name, text in RECIPE_HELP.items():
+        recipe.add_argument(f"--{name.replace('_', '-')}", type=types[name], help=text)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -99,7 +99,7 @@ def duration(seconds: float) -> str:
     """Seconds in words.
 
     Example:
-        >>> duration(42), duration(242), duration(7300)
+        >>> duration(42.0), duration(242.0), duration(7300.0)
         ('42 s', '4 min', '2.0 h')
     """
     if seconds < 100:

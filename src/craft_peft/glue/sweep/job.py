@@ -37,8 +37,9 @@ def run_job(fields: dict[str, Any], began: float | None = None, callbacks: Seque
     Returns:
         The exit status: 0 for a finished or diverged run.
     """
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    config = TrainingConfig(**{**given, "recipe": Recipe(**fields["recipe"])})
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    given["recipe"] = Recipe(**fields["recipe"])
+    config = TrainingConfig(**given)
     if not machine.join_processes().is_main_process:
         train(config, callbacks=callbacks)
         return 0

@@ -146,7 +146,12 @@ class Store:
         else:
             result = {"task": planned.config.task, "method": planned.config.method, "model": experiment.model}
             result |= {"seed": planned.config.seed, "config": planned.settings, "diverged": record.reason}
-        about = {"name": experiment.name, "id": planned.id, "label": planned.cell.method, "task": planned.cell.task}
+        about: dict[str, Any] = {
+            "name": experiment.name,
+            "id": planned.id,
+            "label": planned.cell.method,
+            "task": planned.cell.task,
+        }
         about |= {"setting": planned.setting, "chooses_rate": planned.cell.chooses}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, as_lines(without_paths({**result, "experiment": about}, names)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from ..tasks import TASKS
 from .estimate import duration
-from .plan import Planned
+from .plan import Cell, Planned
 from .runner import BLOCKED, DIVERGED, FAILED, FINISHED, RUNNING, STATES, WAITING, Listener, Sweep
 
 SHOWN = 8
@@ -48,9 +49,9 @@ def plan_table(sweep: Sweep) -> Table:
     return table
 
 
-def unique(sweep: Sweep, cells: list) -> list:
+def unique(sweep: Sweep, cells: list[Cell]) -> list[Cell]:
     """The cells without those that are the same run as one before; a rate that is not chosen makes none the same."""
-    found = {}
+    found: dict[Any, Cell] = {}
     for cell in cells:
         planned = sweep.plan.decide(cell, sweep.factors)
         found.setdefault(cell if planned is None else planned.id, cell)
