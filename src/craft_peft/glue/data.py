@@ -159,6 +159,34 @@ def hold_out(
     return train.select(rest), train.select(held)
 
 
+def take_rows(data: TextData, count: int) -> TextData:
+    """Keeps some of the training rows, drawn once for all: the same ones whatever the seed of a run.
+
+    Args:
+        data: The data sets.
+        count: How many to keep.
+
+    Returns:
+        The data sets, the training rows fewer and in the order of the file.
+
+    Raises:
+        CraftError: Fewer rows than that, or none wanted.
+
+    Example:
+        >>> from craft_peft.glue.tasks import TASKS
+        >>> rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 1]})
+        >>> len(take_rows(TextData(TASKS["cola"], rows, {}), 2).train)
+        2
+    """
+    found = len(data.train) if data.train is not None else 0
+    if not 0 < count <= found:
+        raise CraftError(f"rows={count} cannot be used: task `{data.task.name}` has {found:,} training rows.")
+    assert data.train is not None
+    chosen = np.sort(np.random.default_rng(0).permutation(found)[:count])
+    note = f"Trained on {count:,} of the {found:,} training rows, the same ones whatever the seed."
+    return replace(data, train=data.train.select(chosen), notes=(*data.notes, note))
+
+
 def _task_folder(task: Task, data: Path) -> Path:
     if not data.is_dir():
         raise CraftError(f"There is no folder {data}. Give the folder of the GLUE download, or {task.folder} in it.")

@@ -8,7 +8,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import torch
+from accelerate import PartialState
 
 PACKAGES = ("craft-peft", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "scipy", "numpy")
 
@@ -53,6 +55,19 @@ def describe_processor() -> str:
     except OSError:
         pass
     return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def join_processes() -> PartialState:
+    """This process and the others that `accelerate launch` made: how many, and which is the first.
+
+    The first, or only one, prints and writes.
+    """
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def process_start() -> float:
+    """When this process started, in seconds since 1970."""
+    return psutil.Process().create_time()
 
 
 def reset_peak_memory() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -20,6 +24,7 @@ from ..plugin.loading import load_adapter
 from .runs import RunFolder
 from .tasks import Task
 
+PACKAGE = "package:"
 PRECISIONS = ("auto", "float32", "bf16")
 PEFT_HEADS = ("classifier", "score")
 # Below this width bfloat16 products were no faster than float32 on a processor that has them (measured at 384 and
@@ -86,20 +91,51 @@ def resolve_model_name(name: str) -> str:
     """The base model's name as it is kept in adapters: a folder by its absolute path, a Hub name as it is.
 
     Args:
-        name: As the user gave it.
+        name: As the user gave it; `package:NAME/FOLDER` is a folder in an installed Python package.
 
     Returns:
         What `from_pretrained` takes.
 
     Raises:
-        CraftError: A path that does not exist.
+        CraftError: A path that does not exist, or a package that is not installed.
     """
-    path = Path(name).expanduser()
+    path = _in_package(name.removeprefix(PACKAGE)) if name.startswith(PACKAGE) else Path(name).expanduser()
     if path.is_dir():
         return str(path.resolve())
     # A Hub name is `name` or `owner/name`; anything else can only be meant as a path.
     if path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or path.exists():
         raise CraftError(f"There is no model folder `{name}`. Give an existing folder, or a name on the Hub.")
+    return name
+
+
+def _in_package(place: str) -> Path:
+    package, _, folder = place.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise CraftError(
+            f"There is no Python package `{package}` to read the model `{PACKAGE}{place}` from. Install it: pip "
+            f"install {package.replace('_', '-')}."
+        )
+    return Path(spec.origin).parent / folder
+
+
+def portable_model_name(name: str) -> str:
+    """A resolved name that means the same on other machines, where there is one: that of a folder in a package.
+
+    Args:
+        name: What `resolve_model_name` returned.
+
+    Returns:
+        `package:NAME/FOLDER` for a folder among the installed packages, else the name as it is.
+
+    Example:
+        >>> portable_model_name("roberta-base")
+        'roberta-base'
+    """
+    for scheme in ("purelib", "platlib"):
+        packages = Path(sysconfig.get_path(scheme)).resolve()
+        if Path(name).is_relative_to(packages):
+            return PACKAGE + Path(name).relative_to(packages).as_posix()
     return name
 
 
@@ -232,6 +268,43 @@ def has_bf16() -> bool:
     # Private names of PyTorch, absent in some versions; without them the answer is no, which is always safe.
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check is not None)
+
+
+def start_from_run(model: nn.Module, folder: str | Path, method: str, base: str) -> None:
+    """Gives a model the adapter of a finished run, or its whole encoder, and leaves the head as it is.
+
+    Args:
+        model: As `adapt` returned it.
+        folder: The run: of the same method, at the same ranks, on the same base.
+        method: The method that is trained now.
+        base: The base model's resolved name.
+
+    Raises:
+        CraftError: Not a finished run, or one of another method, base or shape.
+    """
+    run = RunFolder(Path(folder))
+    settings = run.read_finished()["settings"]
+    if (settings["method"], settings["model"]) != (method, base):
+        raise CraftError(
+            f"The run in {run.path} trained {settings['method']} on {settings['model']}, which cannot be the start of "
+            f"{method} on {base}. Start from a run of the same method on the same model."
+        )
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+    heads = tuple(f"{prefix}{name}." for name in head_modules(inner))
+    files = sorted(run.path.glob("*.safetensors"))
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items() if not name.startswith(heads)}
+    try:
+        if isinstance(model, PeftModel):
+            # PEFT wants the head too: it gets the one that the model has.
+            set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **saved})
+        else:
+            model.load_state_dict(saved, strict=False)
+    except (ValueError, RuntimeError) as error:
+        raise CraftError(
+            f"The weights of the run in {run.path} do not fit: {_first_line(error)} Start from a run with the same "
+            "ranks and target modules."
+        ) from error
 
 
 @contextlib.contextmanager

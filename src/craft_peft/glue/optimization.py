@@ -33,6 +33,10 @@ LOSS_POINTS = 100
 PARTS = 4
 
 
+class DivergedError(CraftError):
+    """Training lost the loss: a property of the settings, so that the same run would do so again."""
+
+
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """The trained parameters in two groups, adapter (or encoder) first, head second, each with its rate and decay.
 
@@ -106,12 +110,12 @@ def measure(task: Task, prediction: EvalPrediction) -> dict[str, float]:
         As `compute_metrics`.
 
     Raises:
-        CraftError: The model returned NaN or infinity.
+        DivergedError: The model returned NaN or infinity.
     """
     logits = prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits
     if not np.isfinite(logits).all():
-        raise CraftError(
+        raise DivergedError(
             "Training diverged: the model's outputs are not finite. Use a lower `--learning-rate`, or a longer warm-up."
         )
     return compute_metrics(task, logits, np.asarray(prediction.label_ids))
@@ -129,14 +133,15 @@ class Watch(TrainerCallback):
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
         )
-        self.start = 0.0
+        self.start = self.began = self.ended = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the clock where the resumed run left it."""
         earlier = [entry["elapsed"] for entry in state.log_history if "elapsed" in entry]
-        self.start = time.perf_counter() - (earlier[-1] if earlier else 0.0)
+        self.began = self.ended = time.perf_counter()
+        self.start = self.began - (earlier[-1] if earlier else 0.0)
         self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
@@ -149,7 +154,7 @@ class Watch(TrainerCallback):
     ) -> None:
         """Stops a run whose loss is NaN or infinite."""
         if not np.isfinite(logs.get("loss", 0.0)):
-            raise CraftError(
+            raise DivergedError(
                 f"Training diverged: the loss is {logs['loss']} at step {state.global_step} of {state.max_steps}. Use "
                 "a lower `--learning-rate`, or a longer warm-up."
             )
@@ -158,7 +163,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
     ) -> None:
         """Keeps the time with the scores, in the part of the state that checkpoints hold."""
-        state.log_history.append({"step": state.global_step, "elapsed": time.perf_counter() - self.start})
+        self.ended = time.perf_counter()
+        state.log_history.append({"step": state.global_step, "elapsed": self.ended - self.start})
 
     def close(self) -> None:
         """Leaves the terminal as it was, however training ended."""
@@ -254,7 +260,8 @@ class RunTrainer(Trainer):
         """
         parts = PARTS if self.args.device.type == "cpu" and self.args.world_size == 1 and not return_outputs else 1
         if parts == 1:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # Without the number of items, by which the trainer takes the mean loss for a sum and multiplies it.
+            return super().compute_loss(model, inputs, return_outputs)
         rows = len(inputs["labels"])
         split = split_by_length(inputs, parts)
         return sum(super(RunTrainer, self).compute_loss(model, part) * (len(part["labels"]) / rows) for part in split)

@@ -74,6 +74,27 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """Where the time of a run went.
+
+    Of a run that was interrupted, training and evaluation are those of all its parts, the rest those of the last.
+
+    Args:
+        startup: From the start of the process until training was asked for: imports; None when the process did more.
+        setup: Data, model, head and adapter, until the first step.
+        training: Steps, with the checkpoints between the epochs.
+        evaluation: Measuring after each epoch.
+        saving: The last checkpoint, weights, card and picture.
+    """
+
+    startup: float | None
+    setup: float
+    training: float
+    evaluation: float
+    saving: float
+
+
+@dataclass(frozen=True)
 class Result:
     """Everything that a finished run reports; `result.json` holds the same fields.
 
@@ -96,6 +117,8 @@ class Result:
         commit: Commit of this package's source, or None for an installed package.
         processor: What it ran on.
         output: The run folder, as the user named it.
+        processes: How many processes shared the batches.
+        time: Where the time of the run went.
     """
 
     task: str
@@ -115,13 +138,28 @@ class Result:
     commit: str | None
     processor: str
     output: str
+    processes: int = 1
+    time: Seconds | None = None
 
     def write(self, path: Path) -> None:
-        """Writes the result as JSON, one field a line: long curves stay readable beside the rest."""
+        """Writes the result as JSON: long curves stay readable beside the rest."""
         fields = dataclasses.asdict(self)
         fields["parameters"]["trainable"] = self.parameters.trainable
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
-        path.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+        path.write_text(as_lines(fields), encoding="utf-8")
+
+
+def as_lines(fields: dict[str, Any]) -> str:
+    """A dictionary as JSON with one field a line.
+
+    Example:
+        >>> print(as_lines({"seed": 0, "loss": [1, 2]}), end="")
+        {
+          "seed": 0,
+          "loss": [1, 2]
+        }
+    """
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+    return "{\n" + lines + "\n}\n"
 
 
 def choose_scores(curve: list[EpochRecord]) -> Scores:

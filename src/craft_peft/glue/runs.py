@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from ..errors import CraftError
 METADATA = "run.json"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
 STAGED = "finished"
+PART = ".part"
 FORMAT = "craft-peft run 1"
 
 
@@ -35,6 +38,11 @@ class RunFolder:
         return self.path / CHECKPOINTS
 
     @property
+    def logs(self) -> Path:
+        """Where a logger writes that keeps files."""
+        return self.path / LOGS
+
+    @property
     def is_finished(self) -> bool:
         """Whether a run of ours ended here."""
         return self._metadata() is not None and (self.path / RESULT).is_file()
@@ -53,7 +61,10 @@ class RunFolder:
             raise CraftError("Both `--resume` and `--overwrite` were given. Choose one of them.")
         if self.path.exists() and not self.path.is_dir():
             raise CraftError(f"The output {self.path} is a file. Give a folder that is new or empty.")
-        if not self.path.exists() or not any(self.path.iterdir()) or (overwrite and self._metadata() is not None):
+        if overwrite and self._metadata() is not None:
+            return
+        # A file cut short is what a run leaves that was killed as it claimed the folder.
+        if not self.path.exists() or all(file.name == METADATA + PART for file in self.path.iterdir()):
             return
         if self._metadata() is None:
             raise CraftError(
@@ -146,19 +157,52 @@ class RunFolder:
         return metadata if isinstance(metadata, dict) and metadata.get("format") == FORMAT else None
 
     def _write_metadata(self, metadata: dict[str, Any]) -> None:
-        (self.path / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.path / METADATA, json.dumps(metadata, indent=2) + "\n")
 
     def _remove(self, metadata: dict[str, Any]) -> None:
         # The result goes first: without it the folder no longer passes for a finished run, whatever happens next.
         for name in (RESULT, *metadata["files"]):
             (self.path / Path(name).name).unlink(missing_ok=True)
-        if self.checkpoints.is_dir():
-            shutil.rmtree(self.checkpoints)
+        for folder in (self.checkpoints, self.logs):
+            if folder.is_dir():
+                shutil.rmtree(folder)
 
     def _last_checkpoint(self) -> Path | None:
         # The trainer writes this file last: a checkpoint without it was cut short.
-        complete = [state.parent for state in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        states = self.checkpoints.glob("checkpoint-*/trainer_state.json")
+        complete = [state.parent for state in states if _is_json(state)]
         return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is never seen in part: beside its place, then renamed.
+
+    Args:
+        path: The file; is replaced if it is there.
+        text: What is to be in it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_whole(Path(folder) / "a.json", "{}")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['a.json']
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _require_equal(earlier: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import CraftError
-from .data import TextData, read_glue, read_own
+from .data import TextData, read_glue, read_own, take_rows
 from .method_row import MethodOptions
 from .methods import find_method
+from .models import portable_model_name
 from .recipes import Recipe
+from .runs import RunFolder
 from .tasks import find_task
+
+UNTOUCHED = ("output", "resume", "overwrite", "report_to")
+"""Fields that say where a run is and how it is treated, not how it ends."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,9 @@ class TrainingConfig:
         text_columns: For a table of your own: one column of text, or two for pairs.
         label_column: For a table of your own: the column of labels or scores.
         kind: For a table of your own: "classification", "regression" or "auto" (by the labels).
+        rows: Train on so many of the training rows, the same ones whatever the seed; None takes all.
+        start_from: A finished run of the same method on the same model: its adapter (or whole encoder) is where
+            training starts, under a new head.
         ranks: The method's ranks; None for its default.
         budget: The most adapter parameters to train: chooses the ranks that come closest to it from below.
         target_modules: Names of the modules to adapt; None for query and value, as the model calls them.
@@ -40,7 +50,7 @@ class TrainingConfig:
         weight_decay: On the adapter.
         head_weight_decay: On the head.
         clip: Largest gradient norm.
-        batch_size: Rows a step.
+        batch_size: Rows a step, of all processes together.
         max_length: Tokens a row.
         epochs: Passes over the training set; None takes the recipe's, else the task's.
         recipe: A recipe to use instead of the method's; the numbers above still go before its own.
@@ -50,6 +60,7 @@ class TrainingConfig:
         precision: "float32", "bf16", or "auto" (see `craft_peft.glue.models.choose_precision`).
         resume: Go on with an interrupted run in `output`, or start it if there is none.
         overwrite: Replace an earlier run in `output`.
+        report_to: Loggers that `transformers.Trainer` knows, as "tensorboard", "wandb" or "mlflow"; none by default.
 
     Example:
         >>> from craft_peft.glue.training import TrainingConfig
@@ -66,6 +77,8 @@ class TrainingConfig:
     text_columns: tuple[str, ...] = ("text",)
     label_column: str = "label"
     kind: str = "auto"
+    rows: int | None = None
+    start_from: str | Path | None = None
     ranks: tuple[int, ...] | None = None
     budget: int | None = None
     target_modules: tuple[str, ...] | None = None
@@ -86,6 +99,7 @@ class TrainingConfig:
     precision: str = "auto"
     resume: bool = False
     overwrite: bool = False
+    report_to: tuple[str, ...] = ()
 
     def options(self) -> MethodOptions:
         """What the config says about its method.
@@ -128,12 +142,40 @@ class TrainingConfig:
             What a run folder keeps: not where it is, nor how the command was asked to treat it.
         """
         kept = dataclasses.asdict(self)
-        for name in (*(entry.name for entry in dataclasses.fields(Recipe)), "output", "resume", "overwrite"):
+        for name in (*(entry.name for entry in dataclasses.fields(Recipe)), *UNTOUCHED):
             kept.pop(name, None)
         kept |= {"model": model, "precision": precision, "recipe": dataclasses.asdict(recipe)}
         for name in ("data", "dev_data"):
             kept[name] = None if in_memory or kept[name] is None else str(Path(kept[name]).resolve())
+        if self.start_from is not None:
+            # By what it is, not by where it is: the folder may be moved.
+            kept["start_from"] = identity(RunFolder(Path(self.start_from)).read_finished()["settings"])
         return kept
+
+
+def identity(settings: dict[str, Any]) -> str:
+    """The hash of everything that decides how a run ends: two runs with the same one end in the same result.
+
+    Where the data of a GLUE task lie and how the ranks were found does not matter, nor does a setting that is left out.
+    A base model in a Python package is known by its place in it.
+
+    Args:
+        settings: What `TrainingConfig.settings` returned, or a run folder keeps.
+
+    Returns:
+        Twelve hexadecimal digits.
+
+    Example:
+        >>> one = {"model": "roberta-base", "task": "rte", "seed": 0, "data": "/here/glue", "rows": None}
+        >>> identity(one) == identity({"seed": 0, "model": "roberta-base", "task": "rte"})
+        True
+        >>> identity(one) == identity({**one, "seed": 1})
+        False
+    """
+    free = {"budget", *(("data", "dev_data", "text_columns", "label_column", "kind") if settings["task"] else ())}
+    kept = {name: value for name, value in settings.items() if name not in free and value not in (None, [], (), {})}
+    kept["model"] = portable_model_name(settings["model"])
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_data(config: TrainingConfig) -> TextData:
@@ -149,7 +191,9 @@ def read_data(config: TrainingConfig) -> TextData:
         CraftError: Data that cannot be used.
     """
     if config.task is not None:
-        return read_glue(find_task(config.task), config.data)
-    if config.data is None:
+        data = read_glue(find_task(config.task), config.data)
+    elif config.data is None:
         raise CraftError("Neither a task nor data was given. Give a GLUE task, or a table of your own.")
-    return read_own(config.data, config.dev_data, config.text_columns, config.label_column, config.kind)
+    else:
+        data = read_own(config.data, config.dev_data, config.text_columns, config.label_column, config.kind)
+    return data if config.rows is None else take_rows(data, config.rows)

@@ -60,11 +60,12 @@ class Targets:
         return root
 
 
-def empty_model(name: str) -> PreTrainedModel:
+def empty_model(name: str, outputs: int | None = None) -> PreTrainedModel:
     """Makes a model from its config alone, on the meta device: all modules, no numbers, no download of weights.
 
     Args:
         name: Name on the Hub, or a folder that holds a `config.json`.
+        outputs: Width of the head; None leaves it to the config.
 
     Returns:
         The model, with a classification head where its type has one.
@@ -75,7 +76,7 @@ def empty_model(name: str) -> PreTrainedModel:
     source = resolve_model_name(name)
     try:
         with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, **({} if outputs is None else {"num_labels": outputs}))
             try:
                 return AutoModelForSequenceClassification.from_config(config)
             except ValueError:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import nn
@@ -31,6 +34,7 @@ from .budgets import Choice, choose_setting
 from .data import TextData, hold_out
 from .encoding import check_length, encode
 from .heads import sample, start_head
+from .loggers import check_loggers, log_folder
 from .method_row import Ranks
 from .methods import METHODS, find_method, make_peft_config
 from .models import (
@@ -40,15 +44,18 @@ from .models import (
     load_base,
     quiet_transformers,
     resolve_model_name,
+    start_from_run,
 )
 from .optimization import HELD_OUT, RunTrainer, Watch, measure, read_curve, trainer_arguments
 from .recipes import Recipe
-from .results import Parameters, Result
+from .results import Parameters, Result, Seconds
 from .runs import RESULT, RunFolder
 from .settings import TrainingConfig as TrainingConfig
 from .settings import read_data
 from .summary import print_summary
 from .targets import empty_model, find_model_targets
+
+EVALUATED = re.compile("eval_.*_runtime")
 
 
 def train(
@@ -56,42 +63,78 @@ def train(
     data: TextData | None = None,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    began: float | None = None,
 ) -> Result:
     """Trains, evaluates after every epoch, and leaves a finished run folder.
 
-    Everything that can be wrong with the input is found before the output folder is touched.
+    Everything that can be wrong with the input is found before the output folder is touched. Under `accelerate launch`
+    all processes train and share each batch; the first one alone prints and writes.
 
     Args:
         config: What to do.
         data: Data sets in memory, instead of those that the config names.
         console: Where to show summary and progress; None for standard error.
         callbacks: Further callbacks for `transformers.Trainer`.
+        began: When the process was started for this run, in seconds since 1970, to report the time until now.
 
     Returns:
-        The result, as written to `result.json`.
+        The result, as written to `result.json`; the same in every process.
 
     Raises:
         CraftError: Input that cannot be used.
     """
-    console = console or Console(stderr=True)
+    clock = _Clock(began)
+    processes = machine.join_processes()
+    console = (console or Console(stderr=True)) if processes.is_main_process else Console(quiet=True)
     machine.reset_peak_memory()
     folder = RunFolder(Path(config.output))
-    folder.check(config.resume, config.overwrite)
+    if processes.is_main_process:
+        folder.check(config.resume, config.overwrite)
+    check_loggers(config.report_to)
     with console.status("reading data and model ..."):
-        run = _prepare(config, data)
-    checkpoint = folder.claim(run.settings, run.data.task.fields(), config.resume)
+        run = _prepare(config, data, processes.num_processes)
+    checkpoint = None
+    if processes.is_main_process:
+        checkpoint = folder.claim(run.settings, run.data.task.fields(), config.resume)
+    (checkpoint,) = broadcast_object_list([checkpoint])
     if run.choice is not None:
         console.print(f"Chosen: {run.choice}", soft_wrap=True)
     print_summary(console, run.data, run.model, run.recipe, run.parameters, run.settings, run.held_out, run.steps)
     if checkpoint is not None:
         console.print(f"Resuming from {checkpoint.name}.")
-    trainer, watch = _make_trainer(run, folder, console, callbacks)
+    with log_folder(folder.logs):
+        trainer, watch = _make_trainer(run, folder, console, callbacks)
     try:
         with quiet_transformers():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()
-    return _publish(run, folder, trainer)
+    result = _publish(run, folder, trainer, clock.measure(watch)) if processes.is_main_process else None
+    (result,) = broadcast_object_list([result])
+    return result
+
+
+class _Clock:
+    """Measures what a run takes besides its steps, of this process alone when it went on with an interrupted one."""
+
+    def __init__(self, began: float | None) -> None:
+        self.start = time.perf_counter()
+        self.startup = None if began is None else time.time() - began
+
+    def measure(self, watch: Watch) -> Callable[[list[dict[str, Any]]], Seconds]:
+        """What turns the trainer's log into seconds, when everything is saved."""
+
+        def seconds(log: list[dict[str, Any]]) -> Seconds:
+            evaluation = sum(value for entry in log for name, value in entry.items() if EVALUATED.fullmatch(name))
+            return Seconds(
+                startup=self.startup,
+                setup=watch.began - self.start,
+                training=next(entry["elapsed"] for entry in reversed(log) if "elapsed" in entry) - evaluation,
+                evaluation=evaluation,
+                saving=time.perf_counter() - watch.ended,
+            )
+
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -99,6 +142,7 @@ class _Run:
     """Everything that is ready before the first step."""
 
     config: TrainingConfig
+    processes: int
     choice: Choice | None
     data: TextData
     held_out: datasets.Dataset | None
@@ -119,7 +163,7 @@ class _Run:
         return self.steps_an_epoch * (self.recipe.epochs or 1)
 
 
-def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
+def _prepare(config: TrainingConfig, data: TextData | None, processes: int) -> _Run:
     method = find_method(config.method)
     model_name = resolve_model_name(config.model)
     peft_config, ranks, choice = _choose_adapter(config)
@@ -130,6 +174,11 @@ def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
     if data.train is None:
         raise CraftError("The data has no training rows. Give data with a training set.")
     recipe = config.resolve_recipe(data.task.epochs)
+    if recipe.batch_size % processes:
+        raise CraftError(
+            f"A batch of {recipe.batch_size} rows cannot be shared evenly by {processes} processes. Use a "
+            "`--batch-size` that their number divides."
+        )
     rest, held_out = hold_out(data.train, config.hold_out, config.seed) if config.hold_out else (data.train, None)
     # Before the model is made, so that its head starts the same way whatever the method.
     set_seed(config.seed)
@@ -138,14 +187,22 @@ def _prepare(config: TrainingConfig, data: TextData | None) -> _Run:
     code = partial(encode, tokenizer=tokenizer, max_length=recipe.max_length)
     train_set, dev_sets = code(rest), {name: code(rows) for name, rows in data.dev.items()}
     collator = DataCollatorWithPadding(tokenizer)
-    start_head(base, data.task, train_set, collator, recipe.head_start, config.seed)
+    set_head = partial(
+        start_head, task=data.task, rows=train_set, collator=collator, start=recipe.head_start, seed=config.seed
+    )
+    if config.start_from is None:
+        set_head(base)
     total = sum(parameter.numel() for parameter in base.parameters())
     precision = choose_precision(config.precision, getattr(base.config, "hidden_size", 0))
     model = adapt(base, peft_config, method.trains_base)
     if wants_batches(model):
         fit_bases(model, DataLoader(sample(train_set, config.seed), batch_size=32, collate_fn=collator))
+    if config.start_from is not None:
+        start_from_run(model, config.start_from, config.method, model_name)
+        set_head(model.get_base_model() if isinstance(model, PeftModel) else model)
     return _Run(
         config=config,
+        processes=processes,
         choice=choice,
         data=dataclasses.replace(data, train=rest),
         held_out=held_out,
@@ -188,6 +245,9 @@ def _make_trainer(
     arguments = trainer_arguments(
         folder.checkpoints, run.recipe, run.settings["seed"], run.settings["precision"], run.steps
     )
+    arguments.per_device_train_batch_size = run.recipe.batch_size // run.processes
+    arguments.report_to = list(run.config.report_to)
+    arguments.run_name = folder.path.name
     with quiet_transformers():
         trainer = RunTrainer(
             run.recipe,
@@ -203,7 +263,9 @@ def _make_trainer(
     return trainer, watch
 
 
-def _publish(run: _Run, folder: RunFolder, trainer: RunTrainer) -> Result:
+def _publish(
+    run: _Run, folder: RunFolder, trainer: RunTrainer, measure: Callable[[list[dict[str, Any]]], Seconds]
+) -> Result:
     staged = folder.stage()
     with quiet_transformers():
         run.model.save_pretrained(staged)  # type: ignore[operator]
@@ -211,6 +273,7 @@ def _publish(run: _Run, folder: RunFolder, trainer: RunTrainer) -> Result:
     result = _result(run, folder, trainer, results.stored_bytes(staged))
     results.write_card(result, run.data.task.labels, METHODS[result.method].summary, run.settings["model"], staged)
     results.draw_curves(result, staged / "curves.png")
+    result = dataclasses.replace(result, time=measure(trainer.state.log_history))
     result.write(staged / RESULT)
     folder.publish()
     return result
@@ -245,6 +308,7 @@ def _result(run: _Run, folder: RunFolder, trainer: RunTrainer, stored: int) -> R
         commit=machine.find_commit(),
         processor=machine.describe_processor(),
         output=str(run.config.output),
+        processes=run.processes,
     )
 
 

@@ -1,0 +1,221 @@
+"""The folder of runs and the folder of results: what is finished, what failed, what is published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ...errors import CraftError
+from ..models import resolve_model_name
+from ..results import as_lines
+from ..runs import RESULT, RunFolder, write_whole
+from ..settings import identity
+from .experiment import Experiment
+from .plan import Planned
+
+FAILED, DIVERGED = "failed", "diverged"
+LOCK = ".lock"
+COUNTS = "counts.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Why a run is not finished.
+
+    Args:
+        kind: `FAILED`, or `DIVERGED`, which is a result of its own kind.
+        reason: In one line or a few.
+        traceback: The file that has more, or None.
+    """
+
+    kind: str
+    reason: str
+    traceback: str | None = None
+
+
+def write_record(folder: Path, kind: str, reason: str, traceback: str | None = None) -> None:
+    """Writes why a run is not finished, beside its folder: the folder is the run's own.
+
+    Args:
+        folder: Of the run; need not exist.
+        kind: `FAILED` or `DIVERGED`.
+        reason: What happened.
+        traceback: Goes into a file of its own.
+    """
+    kept = None
+    if traceback is not None:
+        kept = f"{folder.name}.traceback.txt"
+        write_whole(folder.with_name(kept), traceback)
+    text = json.dumps({"kind": kind, "reason": reason, "traceback": kept}, indent=1) + "\n"
+    write_whole(folder.with_name(f"{folder.name}.{kind}.json"), text)
+
+
+class Store:
+    """What a sweep reads and writes.
+
+    Args:
+        runs: Folder of the run folders.
+        published: Folder of the results.
+        adopted: Further folders of run folders, whose finished runs count as ours.
+    """
+
+    def __init__(self, runs: Path, published: Path, adopted: Sequence[Path] = ()) -> None:
+        self.runs, self.published, self.adopted = runs.resolve(), published, adopted
+        self.finished: dict[str, Path] = {}
+        self._results: dict[Path, dict[str, Any]] = {}
+        for folder in (*adopted, self.runs):
+            self._scan(folder)
+
+    def _scan(self, folder: Path) -> None:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if path.is_dir():
+                self.look(path)
+
+    def look(self, path: Path) -> bool:
+        """Whether a finished run is in a folder; if so, it is kept in mind."""
+        try:
+            settings = RunFolder(path).read_finished()["settings"]
+        except CraftError:
+            return False
+        if settings.get("task") is not None:
+            self.finished[identity(settings)] = path
+        return True
+
+    def folder(self, planned: Planned) -> Path:
+        """Where a run is or will be."""
+        return self.finished.get(planned.id, self.runs / planned.name)
+
+    def result(self, key: str) -> dict[str, Any]:
+        """The result of a finished run.
+
+        Raises:
+            CraftError: The file was cut short or changed.
+        """
+        path = self.finished[key] / RESULT
+        if path not in self._results:
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+                assert {"curve", "score", "seconds", "parameters"} <= result.keys()
+            except (OSError, ValueError, AttributeError, AssertionError) as error:
+                raise CraftError(
+                    f"{path} is not the result of a run ({error}). Remove the folder {path.parent}, and the run is "
+                    "done again."
+                ) from error
+            self._results[path] = result
+        return self._results[path]
+
+    def record(self, planned: Planned) -> Record | None:
+        """Why a run is not finished, if that is known."""
+        for kind in (DIVERGED, FAILED):
+            path = self.runs / f"{planned.name}.{kind}.json"
+            if path.is_file():
+                try:
+                    return Record(**json.loads(path.read_text(encoding="utf-8")))
+                except (OSError, ValueError, TypeError):
+                    return Record(FAILED, f"{path} cannot be read")
+        return None
+
+    def forget(self, planned: Planned) -> None:
+        """Removes the record of a failure, so that the run is done again."""
+        for name in (f"{planned.name}.{FAILED}.json", f"{planned.name}.traceback.txt"):
+            (self.runs / name).unlink(missing_ok=True)
+
+    def publish(self, planned: Planned, experiment: Experiment, record: Record | None = None) -> bool:
+        """Writes the result of a run where it is not written yet, without the paths of this machine.
+
+        Args:
+            planned: The run.
+            experiment: What it belongs to.
+            record: For a diverged run, whose result is its reason.
+
+        Returns:
+            Whether anything was written.
+        """
+        path = self.published / planned.file
+        if _published_id(path) == planned.id:
+            return False
+        names = {resolve_model_name(experiment.model): experiment.model}
+        if record is None:
+            result = self.result(planned.id)
+        else:
+            result = {"task": planned.config.task, "method": planned.config.method, "model": experiment.model}
+            result |= {"seed": planned.config.seed, "config": planned.settings, "diverged": record.reason}
+        about: dict[str, Any] = {
+            "name": experiment.name,
+            "id": planned.id,
+            "label": planned.cell.method,
+            "task": planned.cell.task,
+        }
+        about |= {"setting": planned.setting, "chooses_rate": planned.cell.chooses}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, as_lines(without_paths({**result, "experiment": about}, names)))
+        return True
+
+    def take(self, files: dict[str, bytes]) -> None:
+        """Writes what a run left on another machine; what says that it is finished comes last."""
+        for name in sorted(files, key=lambda name: (Path(name).name == RESULT, name)):
+            path = self.runs / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(files[name])
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other sweeps out of the folder of runs; the lock dies with the process.
+
+        Raises:
+            CraftError: Another sweep is at work in the folder.
+        """
+        self.runs.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.runs / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise CraftError(
+                f"Another sweep is at work in {self.runs}. Wait for it, end it, or give another folder with `--runs`."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def without_paths(value: Any, names: dict[str, str]) -> Any:
+    """The same JSON value with every absolute path replaced by its name, or else by its last part.
+
+    Example:
+        >>> without_paths({"model": "/here/encoder", "data": ["/here/glue", 3]}, {"/here/encoder": "MiniLM"})
+        {'model': 'MiniLM', 'data': ['glue', 3]}
+    """
+    if isinstance(value, dict):
+        return {key: without_paths(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner, names) for inner in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return names.get(value, Path(value).name)
+    return value
+
+
+def _published_id(path: Path) -> str | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["experiment"]["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def held_out_score(results: Iterable[dict[str, Any] | None]) -> float:
+    """The mean over tasks of the held-out score after the last epoch; of a diverged run, none is worse.
+
+    Example:
+        >>> held_out_score([{"curve": [{"held_out_score": 0.5}]}, {"curve": [{"held_out_score": 0.7}]}])
+        0.6
+        >>> held_out_score([None])
+        -inf
+    """
+    scores = [float("-inf") if result is None else result["curve"][-1]["held_out_score"] for result in results]
+    return sum(scores) / len(scores)
