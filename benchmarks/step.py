@@ -7,7 +7,7 @@
 The floor is the base model with all weights frozen: forward, and the gradients of the inputs. Every side adapts query
 and value of the same base, whose weights are random and which drops nothing; the optimizer is AdamW. Models of many
 layers are cut to their first few, since a step costs the same for each; the table says how many. In bytes kept for the
-backward pass each tensor counts once, and none that exists anyway (weights, factors).
+backward pass each tensor counts once, and none that exists anyway (weights, factors). Also: generation with a cache.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ from peft import LoraConfig, PeftConfig, PsoftConfig, VeraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedModel, RobertaConfig, RobertaModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from craft_peft import CraftConfig, LotrConfig, SuperLoraConfig
 
@@ -48,8 +57,10 @@ class Shape:
     config: PretrainedConfig
     targets: tuple[str, ...] = ("query", "value")
 
-    def build(self) -> PreTrainedModel:
+    def build(self, generates: bool = False) -> PreTrainedModel:
         torch.manual_seed(0)
+        if generates:
+            return LlamaForCausalLM(self.config)
         return {"roberta": RobertaModel, "llama": LlamaModel}[self.config.model_type](self.config)
 
 
@@ -76,7 +87,6 @@ def llama(name: str, width: int, layers: int) -> Shape:
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),
         num_hidden_layers=layers,
-        use_cache=False,
     )
     return Shape(name, config, ("q_proj", "v_proj"))
 
@@ -85,6 +95,7 @@ SHAPES = {
     "roberta-base": roberta("RoBERTa-base", 768, 12),
     "roberta-large": roberta("RoBERTa-large, 6 layers", 1024, 6),
     "llama": llama("Llama 3.2 1B, 2 layers", 2048, 2),
+    "llama-deep": llama("Llama of 16 layers, 512 wide", 512, 16),
     "tiny": roberta("tiny", 128, 2),
     "tiny-llama": llama("tiny Llama", 128, 2),
     **{f"width-{width}": roberta(f"width {width}", width, 4) for width in WIDTHS},
@@ -128,8 +139,27 @@ class Setting:
     rounds: int = 5
 
 
+@dataclass(frozen=True)
+class Generation:
+    """A prompt of 16 tokens continued greedily, with a cache of keys and values, in evaluation.
+
+    Args:
+        shape: key in `SHAPES`.
+        batch: rows.
+        new: tokens to generate.
+        sides: which sides take turns; the floor is the base model.
+        rounds: how often each, if not told otherwise.
+    """
+
+    shape: str
+    batch: int
+    new: int = 24
+    sides: tuple[str, ...] = THREE
+    rounds: int = 5
+
+
 GRID = [(1, 16), (1, 128), (4, 128), (16, 128)]
-SETTINGS = {
+SETTINGS: dict[str, list[Setting | Generation]] = {
     "main": [Setting("roberta-base", 16, 128, sides=ALL, rounds=5)],
     "grid": [
         Setting(shape, batch, length, rounds=11 if batch * length < 512 else 4)
@@ -142,19 +172,21 @@ SETTINGS = {
         *(Setting(f"depth-{depth}", 4, 64) for depth in DEPTHS),
         Setting("width-512", 4, 64, sides=(FLOOR, *OF_RANK)),
     ],
+    "generation": [Generation("llama", 1), Generation("llama", 16), Generation("llama-deep", 1)],
     "bfloat16": [
         Setting(shape, batch, length, "bfloat16", rounds=5)
         for shape in ("roberta-base", "llama")
         for batch, length in GRID
     ],
 }
-QUICK = [
+QUICK: list[Setting | Generation] = [
     Setting("tiny", 2, 16, sides=ALL, rounds=2),
     Setting("tiny-llama", 2, 16, "bfloat16", rounds=2),
+    Generation("tiny-llama", 2, new=3, rounds=2),
 ]
 
 
-def make_side(name: str, base: PreTrainedModel, shape: Shape, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def make_side(name: str, base: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     """The base model with an adapter. All sides but `full` hold the very same base weights."""
     if name == FULL:
         return copy.deepcopy(base).requires_grad_(True)
@@ -217,10 +249,29 @@ def saved_bytes(model: nn.Module, embeddings: Tensor) -> int:
     return sum(found.values())
 
 
+def compare_generation(setting: Generation, sides: tuple[str, ...], rounds: int, device: str) -> dict[str, Any]:
+    shape = SHAPES[setting.shape]
+    base = shape.build(generates=True).to(device).requires_grad_(False).eval()
+    prompt = torch.arange(setting.batch * 16, device=device).reshape(setting.batch, 16)
+    length = {"max_new_tokens": setting.new, "min_new_tokens": setting.new, "do_sample": False, "pad_token_id": 0}
+
+    def generate(model: nn.Module) -> None:
+        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **length)
+
+    models = {name: make_side(name, base, shape).eval() for name in sides}
+    seconds = take_turns({name: partial(generate, model) for name, model in models.items()}, rounds, device)
+    found = {
+        name: {"seconds": seconds[name], **{f"of_{to}": ratio(seconds, name, to) for to in (FLOOR, "lora-8")}}
+        for name in sides
+    }
+    described = {"shape": shape.name, "layers": base.config.num_hidden_layers, "width": base.config.hidden_size}
+    return {**described, "batch": setting.batch, "new_tokens": setting.new, "dtype": "float32", "sides": found}
+
+
 def compare(setting: Setting, sides: tuple[str, ...], rounds: int, device: str) -> dict[str, Any]:
     shape, dtype = SHAPES[setting.shape], getattr(torch, setting.dtype)
     base = shape.build().to(device=device, dtype=dtype).requires_grad_(False).train()
-    models = {name: make_side(name, base, shape, device, dtype).train() for name in sides}
+    models = {name: make_side(name, base, shape).train() for name in sides}
     torch.manual_seed(1)
     size = (setting.batch, setting.length, base.config.hidden_size)
     embeddings = torch.randn(size, device=device, dtype=dtype)
@@ -243,13 +294,14 @@ def compare(setting: Setting, sides: tuple[str, ...], rounds: int, device: str) 
     return {**described, "batch": setting.batch, "length": setting.length, "dtype": setting.dtype, "sides": found}
 
 
-def read_settings(path: Path | None) -> list[dict[str, Any]]:
-    """What a file holds already; a setting that is measured again takes the place of its figures."""
-    return json.loads(path.read_text())["settings"] if path is not None and path.exists() else []
+def read_file(path: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """What a file holds already; what is measured again takes the place of its figures."""
+    found = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    return {kind: found.get(kind, []) for kind in ("settings", "generation")}
 
 
 def name_of(result: dict[str, Any]) -> tuple[Any, ...]:
-    return (*(result[key] for key in ("shape", "batch", "length", "dtype")), tuple(result["sides"]))
+    return (*(result.get(key) for key in ("shape", "batch", "length", "new_tokens", "dtype")), *result["sides"])
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
@@ -262,13 +314,15 @@ def peak_bytes(step: Callable[[], None]) -> int:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    title = "{shape}, {batch} x {length}, {dtype}".format(**result)
+    what = "{batch} x {length}" if "length" in result else "{batch} rows, {new_tokens} new tokens"
+    title = ("{shape}, " + what + ", {dtype}").format(**result)
     table = Table("side", "seconds", "of the floor", "of LoRA r = 8", "kept beyond the floor", "trained", title=title)
     floor = result["sides"].get(FLOOR, {}).get("saved_bytes", 0)
     for name, side in result["sides"].items():
         ratios = [f"{side[key]:.3f}" if key in side else "" for key in ("of_floor", "of_lora-8")]
-        kept = f"{(side['saved_bytes'] - floor) / 2**20:,.1f} MiB"
-        table.add_row(name, f"{statistics.median(side['seconds']):.3f}", *ratios, kept, f"{side['trained']:,}")
+        kept = f"{(side['saved_bytes'] - floor) / 2**20:,.1f} MiB" if "saved_bytes" in side else ""
+        trained = f"{side['trained']:,}" if "trained" in side else ""
+        table.add_row(name, f"{statistics.median(side['seconds']):.3f}", *ratios, kept, trained)
     console.print(table)
 
 
@@ -282,13 +336,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, two rounds")
     arguments = parser.parse_args()
     chosen = QUICK if arguments.quick else [s for name in arguments.settings.split(",") for s in SETTINGS[name]]
-    console, results = Console(), read_settings(arguments.output)
+    console, found = Console(), read_file(arguments.output)
     for setting in chosen:
         sides = tuple(arguments.sides.split(",")) if arguments.sides else setting.sides
-        result = compare(setting, sides, arguments.rounds or setting.rounds, arguments.device)
+        kind = "settings" if isinstance(setting, Setting) else "generation"
+        run = compare if isinstance(setting, Setting) else compare_generation
+        result = run(setting, sides, arguments.rounds or setting.rounds, arguments.device)  # type: ignore[operator]
         show(result, console)
-        results = [old for old in results if name_of(old) != name_of(result)] + [result]
-        write(arguments.output, {"device": arguments.device, "settings": results})
+        found[kind] = [old for old in found[kind] if name_of(old) != name_of(result)] + [result]
+        write(arguments.output, {**found, "device": arguments.device})
     if arguments.output is None:
         console.print(describe_machine()["processor"])
 
