@@ -90,6 +90,27 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="modules to adapt (default: query and value, as the model calls them)",
     )
     _add_recipe(parser)
+    _add_run(parser)
+    parser.set_defaults(run=run, interrupted=" The same command with --resume goes on after the last full epoch.")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from rich.console import Console
+
+    from ..glue import machine
+    from ..glue.summary import print_result
+    from ..glue.training import TrainingConfig, train
+
+    fields = {name: value for name, value in vars(arguments).items() if name not in ("run", "interrupted")}
+    fields["method_options"] = dict(arguments.method_options)
+    result = train(TrainingConfig(**fields), console=Console(file=sys.stderr), began=machine.process_start())
+    if machine.join_processes().is_main_process:
+        print_result(Console(), result)
+    return 0
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(
         "--hold-out",
@@ -109,23 +130,6 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
-    parser.set_defaults(run=run, interrupted=" The same command with --resume goes on after the last full epoch.")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Runs the command."""
-    from rich.console import Console
-
-    from ..glue import machine
-    from ..glue.summary import print_result
-    from ..glue.training import TrainingConfig, train
-
-    fields = {name: value for name, value in vars(arguments).items() if name not in ("run", "interrupted")}
-    fields["method_options"] = dict(arguments.method_options)
-    result = train(TrainingConfig(**fields), console=Console(file=sys.stderr), began=machine.process_start())
-    if machine.join_processes().is_main_process:
-        print_result(Console(), result)
-    return 0
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
