@@ -76,11 +76,15 @@ def test_what_was_saved_is_loaded(method, tmp_path):
     assert any(p.requires_grad for n, p in loaded.named_parameters() if ".second" in n)
 
 
-def test_adapters_of_peft_itself(tmp_path):
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_adapters_of_peft_itself(start, tmp_path):
     base = bert()
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="SEQ_CLS", target_modules=TARGETS)).eval()
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=TARGETS, init_lora_weights=start)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
     save_adapter(model, tmp_path / "lora")
-    assert torch.equal(logits(load_adapter(base, tmp_path / "lora")), logits(model))
+    assert torch.equal(logits(load_adapter(copy.deepcopy(base), tmp_path / "lora")), logits(model))
+    change_tensors(tmp_path / "lora", lambda t: {k: v[None] for k, v in t.items()})
+    assert_refused(base, tmp_path / "lora", "ask for")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_a_failure_late_in_loading(folder, saved, monkeypatch):
         raise RuntimeError("the disk is on fire\nand more")
 
     monkeypatch.setattr("craft_peft.plugin.loading.set_peft_model_state_dict", fail)
-    assert_refused(copy.deepcopy(saved[2]), folder, "on this base model: the disk is on fire$")
+    assert_refused(copy.deepcopy(saved[2]), folder, "this base model: the disk is on fire$")
 
 
 def test_saving_replaces_a_folder_at_once(folder, saved, tmp_path):

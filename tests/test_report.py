@@ -116,7 +116,7 @@ class TestChecking:
             parse_result(text)
 
     def test_the_committed_results_pass(self) -> None:
-        found = read_runs([PROJECT / "results" / "minilm"])
+        found = read_runs([PROJECT / "results" / "default_recipe"])
         assert found.runs and not found.left_out
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
@@ -63,17 +62,20 @@ def load_adapter(
     config.inference_mode = not is_trainable
     with _unchanged_on_failure(base_model):
         try:
-            model = _with_empty_adapter(base_model, config, adapter_name)
-            _check_fit(
-                get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False), tensors
-            )
-            set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=True)
+            try:
+                with _unchanged_on_failure(base_model):
+                    model, empty = _with_adapter(base_model, config, adapter_name, empty=True), True
+            except RuntimeError:  # a start that PEFT computes from the weights, as PiSSA's
+                model, empty = _with_adapter(base_model, config, adapter_name, empty=False), False
+            wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+            _check_fit(wanted, tensors)
+            set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=empty)
             _check_filled(model, adapter_name)
         except CraftError as error:
-            raise CraftError(f"The adapter in {folder} cannot be loaded on this base model. {error}") from error
+            raise CraftError(f"The adapter in {folder} does not fit this base model. {error}") from error
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
             line = str(error).strip().partition("\n")[0]
-            raise CraftError(f"The adapter in {folder} cannot be loaded on this base model: {line}") from error
+            raise CraftError(f"The adapter in {folder} does not fit this base model: {line}") from error
     if is_trainable:
         model.set_requires_grad(adapter_name)
         return model
@@ -105,13 +107,13 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
             (staged / adapter_name).rmdir()
 
 
-def _with_empty_adapter(base_model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
-    """The model with the adapter's tensors on the meta device, where they take no memory."""
+def _with_adapter(base_model: nn.Module, config: PeftConfig, adapter_name: str, *, empty: bool) -> PeftModel:
+    """The model with a new adapter; an empty one has its tensors on the meta device, where they take no memory."""
     if isinstance(base_model, PeftModel):
-        base_model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+        base_model.add_adapter(adapter_name, config, low_cpu_mem_usage=empty)
         return base_model
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    return kind(base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=True)
+    return kind(base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=empty)
 
 
 def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -139,16 +141,17 @@ def _check_filled(model: nn.Module, adapter_name: str) -> None:
 def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Within it an error takes back every change of modules, hooks, attributes and of what is trained."""
     before = [(module, _parts(module)) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # The numbers too: PiSSA puts others in their place.
+    held = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         for module, parts in before:
             module.__dict__.clear()
             module.__dict__.update(parts)
-        with torch.no_grad():
-            for parameter, was_trained in trained:
-                parameter.requires_grad_(was_trained)
+        for parameter, was_trained, numbers in held:
+            parameter.data = numbers
+            parameter.requires_grad_(was_trained)
         raise
 
 
