@@ -4,9 +4,9 @@
     python benchmarks/load.py --quick               # tiny models: that the script runs
 
 Query and value are adapted; the weights are random, and layers have one feed-forward unit: no figure here depends on
-either. Injection is `get_peft_model`, for CRAFT with the decomposition of the weights; loading is
-`PeftModel.from_pretrained` of what was saved. Also: what `import craft_peft` adds to `import peft`, each in a fresh
-process.
+either. Injection is `get_peft_model` for the second time on a base, when CRAFT's decomposition is in the cache on disk
+(what the first one takes is in decompose.py); loading is `PeftModel.from_pretrained` of what was saved. Also: what
+`import craft_peft` adds to `import peft`, each in a fresh process.
 """
 
 import argparse
