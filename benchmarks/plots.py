@@ -9,13 +9,14 @@ import io
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 PROJECT = Path(__file__).resolve().parent.parent
 LABELS = {"floor": "floor (frozen base)", "craft": "CRAFT, rank 100", "lora-8": "LoRA, rank 8", "lora": "LoRA"}
@@ -50,23 +51,34 @@ def draw(axes: Axes, found: list[Point], xlabel: str) -> None:
     for name in dict.fromkeys(name for name, _, _ in found):
         places, times = zip(*sorted({(x, y) for n, x, y in found if n == name}), strict=True)
         axes.plot(places, times, marker="o", markersize=3, label=LABELS[name], color=COLOURS[name])
+    scale(axes, xlabel, [x for _, x, _ in found])
+
+
+def scale(axes: Axes, xlabel: str, places: Iterable[float]) -> None:
+    """Logarithmic axes with plain numbers, and a tick where there is a point."""
     axes.set(xscale="log", yscale="log", xlabel=xlabel)
-    axes.grid(alpha=0.3, which="both", linewidth=0.4)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(places))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(alpha=0.3, linewidth=0.4)
 
 
 def step_figure(result: dict[str, Any]) -> Figure:
     settings = result["settings"]
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
     tokens, width, depth, rank = figure.subplots(1, 4)
     plain = [setting for setting in settings if setting["dtype"] == "float32"]
     of = {kind: [s for s in plain if s["shape"].startswith(kind)] for kind in ("RoBERTa-base", "width", "depth")}
     ranked = [s for s in plain if any(name.startswith("craft-") for name in s["sides"])]
     grid = [s for s in of["RoBERTa-base"] if len(s["sides"]) == 3]
-    draw(tokens, points(grid, lambda setting: setting["batch"] * setting["length"]), "tokens, RoBERTa-base")
+    draw(tokens, points(grid, lambda setting: setting["batch"] * setting["length"]), "tokens (RoBERTa-base)")
     wide = [setting for setting in of["width"] if "craft" in setting["sides"]]
-    draw(width, points(wide, lambda setting: setting["width"]), "width, 4 layers, 256 tokens")
-    draw(depth, points(of["depth"], lambda setting: setting["layers"]), "layers, width 512, 256 tokens")
-    draw(rank, rank_points(ranked), "rank, width 512, 256 tokens")
+    draw(width, points(wide, lambda setting: setting["width"]), "width (4 layers, 256 tokens)")
+    draw(depth, points(of["depth"], lambda setting: setting["layers"]), "layers (width 512, 256 tokens)")
+    draw(rank, rank_points(ranked), "rank (width 512, 256 tokens)")
     rank.get_lines()[0].set_label("CRAFT")
     tokens.set_ylabel("seconds of a training step")
     tokens.legend(fontsize=7)
@@ -84,9 +96,9 @@ def decompose_figure(result: dict[str, Any]) -> Figure:
         chosen = [row for row in rows if row["shape"][across] == fixed]
         for side in dict.fromkeys(side for row in chosen for side in row["sides"]):
             found = sorted((row["shape"][along], seconds(row["sides"][side])) for row in chosen if side in row["sides"])
-            axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=side)
-        axes.set(xscale="log", yscale="log", xlabel=label)
-        axes.grid(alpha=0.3, which="both", linewidth=0.4)
+            if len(found) > 1:
+                axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=side)
+        scale(axes, label, [row["shape"][along] for row in chosen])
     left.set_ylabel("seconds of a decomposition")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     return figure
