@@ -112,7 +112,6 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
     "superlora": lambda **targets: SuperLoraConfig(r=8, **targets),
 }
 FLOOR, FULL = "floor", "full"
-CRAFT_RANK = 100
 OF_RANK = tuple(f"{name}-{rank}" for name in ("craft", "lora") for rank in RANKS)
 THREE = (FLOOR, "craft", "lora-8")
 ALL = (*THREE, "lora-64", *ADAPTERS, FULL)
@@ -203,8 +202,9 @@ def adapter_config(name: str, base: PretrainedConfig, targets: list[str]) -> Pef
     method, _, rank = name.partition("-")
     if method == "lora":
         return LoraConfig(r=int(rank), target_modules=targets)
-    width = min(base.hidden_size, int(rank or CRAFT_RANK))
-    return CraftConfig(ranks=(base.num_hidden_layers, width, width), target_modules=targets)
+    if not rank:
+        return CraftConfig(target_modules=targets)  # at the paper's ranks
+    return CraftConfig(ranks=(base.num_hidden_layers, int(rank), int(rank)), target_modules=targets)
 
 
 def make_step(model: nn.Module, embeddings: Tensor, weights: Tensor) -> Callable[[], None]:
