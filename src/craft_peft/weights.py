@@ -172,3 +172,13 @@ def fixed_entries(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " number
     places = torch.linspace(0, weight.numel() - 1, FINGERPRINT_NUMBERS - 1, dtype=torch.float64).long()
     places = places.to(weight.device)
     return weight.detach()[places // weight.shape[1], places % weight.shape[1]]
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The numbers of a tensor as they are in memory, in the order of the indices: what a hash takes.
+
+    Example:
+        >>> bytes_of(torch.ones(1)).tobytes().hex()
+        '0000803f'
+    """
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

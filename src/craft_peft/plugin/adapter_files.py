@@ -22,6 +22,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from ..errors import CraftError
+from ..weights import bytes_of
 
 MAX_CONFIG_BYTES = 1_000_000
 """A config holds some names and numbers; PEFT's largest have a few kilobytes."""
@@ -128,9 +129,9 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     """
     found = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        found.update(bytes_of(tensor))
     return found.hexdigest()
 
 

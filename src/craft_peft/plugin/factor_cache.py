@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..slices import Slices
 from ..tucker import Tucker
+from ..weights import bytes_of
 
 FORMAT = "craft-peft factors 1"
 """Another number for whatever changes the factors or the file: what was written before is then not found."""
@@ -46,7 +45,7 @@ def key_of(weights: Slices, ranks: Sequence[int], method: str) -> str:
     for layer in range(len(weights)):
         weight = weights[layer]
         digest.update(f"; {weight.dtype}; {tuple(weight.shape)}; ".encode())
-        digest.update(_bytes_of(weight))
+        digest.update(bytes_of(weight))
         del weight  # before the next one is read
     return digest.hexdigest()
 
@@ -147,10 +146,5 @@ def _describe(key: str, tensors: Sequence[Tensor]) -> dict[str, str]:
     """What a file says of itself."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(_bytes_of(tensor))
+        digest.update(bytes_of(tensor))
     return {"format": FORMAT, "key": key, "sha256": digest.hexdigest()}
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    """The numbers as they are in memory, in the order of the indices."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
