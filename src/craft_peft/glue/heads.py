@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from ..errors import CraftError
+from .encoding import longest_first
 from .models import head_modules
 from .tasks import Task
 
@@ -99,6 +100,7 @@ def start_head(
             "Use the head start `random`."
         )
     chosen = sample(rows, seed)
+    chosen = chosen.select(longest_first(chosen))
     labels = torch.tensor(list(chosen["labels"]), dtype=torch.float32 if task.is_regression else torch.int64)
     set_output(outputs[-1], lambda: _output_inputs(model, outputs[-1], chosen, collator), labels, task)
 

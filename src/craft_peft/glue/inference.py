@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction
 
 from ..errors import CraftError
 from .data import TextData, read_glue, read_own
-from .encoding import encode
+from .encoding import encode, longest_first
 from .models import TrainedModel, has_bf16
 from .optimization import measure
 from .tasks import Task, find_task
@@ -86,7 +86,11 @@ def evaluate(trained: TrainedModel, data: TextData) -> dict[str, dict[str, float
     """
     metrics = {}
     for name, rows in data.dev.items():
-        prediction = EvalPrediction(predict_logits(trained, rows), np.asarray(rows["label"]))
+        # In the order of training's own evaluation, for the same bits.
+        encoded = _encode(trained, rows)
+        encoded = encoded.select(longest_first(encoded))
+        labels = np.asarray(encoded["labels"])
+        prediction = EvalPrediction(_compute_logits(trained, encoded.remove_columns("labels")), labels)
         metrics[name] = measure(trained.task, prediction)
     return metrics
 
@@ -101,15 +105,24 @@ def predict_logits(trained: TrainedModel, rows: datasets.Dataset) -> np.ndarray:
     Returns:
         One row a text.
     """
-    recipe = trained.settings["recipe"]
     texts = rows.select_columns([name for name in ("text", "text_pair") if name in rows.column_names])
-    encoded = encode(texts, trained.tokenizer, recipe["max_length"])
+    encoded = _encode(trained, texts)
+    order = longest_first(encoded)
+    logits = _compute_logits(trained, encoded.select(order))
+    return logits[np.argsort(order)]
+
+
+def _encode(trained: TrainedModel, rows: datasets.Dataset) -> datasets.Dataset:
+    return encode(rows, trained.tokenizer, trained.settings["recipe"]["max_length"])
+
+
+def _compute_logits(trained: TrainedModel, encoded: datasets.Dataset) -> np.ndarray:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device)
     bf16 = trained.settings["precision"] == "bf16" and has_bf16()
     loader = DataLoader(
         encoded,
-        batch_size=recipe["batch_size"],
+        batch_size=trained.settings["recipe"]["batch_size"],
         collate_fn=DataCollatorWithPadding(trained.tokenizer),
     )
     outputs = []

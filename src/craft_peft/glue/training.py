@@ -32,7 +32,7 @@ from ..plugin.bases import fit_bases, wants_batches
 from . import machine, results
 from .budgets import Choice, choose_setting
 from .data import TextData, hold_out
-from .encoding import check_length, encode
+from .encoding import check_length, encode, longest_first
 from .heads import sample, start_head
 from .loggers import check_loggers, log_folder
 from .method_row import Ranks
@@ -185,7 +185,10 @@ def _prepare(config: TrainingConfig, data: TextData | None, processes: int) -> _
     base, tokenizer = load_base(model_name, data.task)
     check_length(recipe.max_length, base, config.model)
     code = partial(encode, tokenizer=tokenizer, max_length=recipe.max_length)
-    train_set, dev_sets = code(rest), {name: code(rows) for name, rows in data.dev.items()}
+    train_set = code(rest)
+    watched = data.dev if held_out is None else {**data.dev, HELD_OUT: held_out}
+    dev_sets = {name: code(rows) for name, rows in watched.items()}
+    dev_sets = {name: rows.select(longest_first(rows)) for name, rows in dev_sets.items()}
     collator = DataCollatorWithPadding(tokenizer)
     set_head = partial(
         start_head, task=data.task, rows=train_set, collator=collator, start=recipe.head_start, seed=config.seed
@@ -212,7 +215,7 @@ def _prepare(config: TrainingConfig, data: TextData | None, processes: int) -> _
         settings=config.settings(recipe, model_name, precision, in_memory),
         parameters=_count(model, total),
         train_set=train_set,
-        dev_sets=dev_sets if held_out is None else {**dev_sets, HELD_OUT: code(held_out)},
+        dev_sets=dev_sets,
     )
 
 
