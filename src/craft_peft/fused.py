@@ -48,7 +48,10 @@ def adapted_linear(
     """
     with _no_autocast(x):
         hidden = x @ in_factor.to(x.dtype)  # a step of its own: higher derivatives pass through it
-        if torch._C._are_functorch_transforms_active():
+        # With few tokens plain operations keep as little, and a step of our own costs more than it saves; but of
+        # operands of several dtypes they would keep what was cast.
+        plain = weight.dtype == middle.dtype == x.dtype and not forms_the_weight(_count(hidden), weight, x.dtype)
+        if plain or torch._C._are_functorch_transforms_active():
             return _add_thin(F.linear(x, weight.to(x.dtype), _to(bias, x)), hidden @ middle.to(x.dtype).T, out_factor.T)
         return _AdaptedLinear.apply(x, hidden, middle, weight, bias, out_factor, in_factor)
 
@@ -78,7 +81,7 @@ class _AdaptedLinear(torch.autograd.Function):
         in_factor: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(hidden, middle, weight, out_factor, in_factor)
-        if forms_the_weight(hidden.numel() // hidden.shape[-1], weight, x.dtype):
+        if forms_the_weight(_count(hidden), weight, x.dtype):
             return F.linear(x, _formed(weight, out_factor, middle, in_factor, x.dtype), _to(bias, x))
         base = F.linear(x, weight.to(x.dtype), _to(bias, x))
         return _add_thin(base, hidden @ middle.to(x.dtype).T, out_factor.T)
@@ -92,7 +95,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 of_middle = (_rows(narrow).T @ _rows(hidden)).to(middle.dtype)
             if ctx.needs_input_grad[0]:
-                if forms_the_weight(hidden.numel() // hidden.shape[-1], weight, gradient.dtype):
+                if forms_the_weight(_count(hidden), weight, gradient.dtype):
                     of_x = gradient @ _formed(weight, out_factor, middle, in_factor, gradient.dtype)
                 else:
                     base = gradient @ weight.to(gradient.dtype)
@@ -111,6 +114,10 @@ def _add_thin(base: Tensor, narrow: Tensor, factor: Tensor) -> Tensor:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _count(rows: Tensor) -> int:
+    return rows.numel() // rows.shape[-1]
 
 
 def _to(bias: Tensor | None, like: Tensor) -> Tensor | None:
