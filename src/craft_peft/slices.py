@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .errors import CraftError
 
+HELD_NUMBERS = 2**23
+"""Up to how many numbers a truncated tensor is held: half a slice of 4096 x 4096."""
+
 
 @runtime_checkable
 class Slices(Protocol):
@@ -140,13 +143,38 @@ class SlicedTensor:
         return tensor if skip == 0 else mode_product(tensor, factors[0].T, 0)
 
     def truncated(self, factor: Float[Tensor, "size rank"], mode: int) -> SlicedTensor:
-        """The tensor times a transposed factor in one mode after the first, in memory."""
+        """The tensor times a transposed factor in one mode after the first: in memory if `is_held`."""
         shape = (*self.shape[:mode], factor.shape[1], *self.shape[mode + 1 :])
-        turned = factor.T.to(self.precision)
-        slices = turned.new_empty(shape)
+        turned = _TurnedSlices(self, factor.T.to(self.precision), mode)
+        if not is_held(shape, mode):
+            return replace(self, slices=turned, shape=shape)
+        slices = factor.new_empty(shape, dtype=self.precision)
         for index in range(self.shape[0]):
-            slices[index] = mode_product(self.read(index).to(self.precision), turned, mode - 1)
+            slices[index] = turned[index]
         return replace(self, slices=slices, shape=shape, unfolds_at_once=True)
+
+
+@dataclass(frozen=True)
+class _TurnedSlices:
+    """Slices times a matrix in one mode, computed when they are read."""
+
+    stack: SlicedTensor
+    matrix: Tensor
+    mode: int
+
+    def __len__(self) -> int:
+        return self.stack.shape[0]
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        return mode_product(self.stack.read(index).to(self.stack.precision), self.matrix, self.mode - 1)
+
+
+def is_held(shape: Sequence[int], mode: int) -> bool:
+    """Whether a tensor is kept in memory that was truncated in the modes from the second to `mode`.
+
+    If not, it is computed from the slices in every pass. Truncated in all of them, it is about as large as the result.
+    """
+    return prod(shape) <= HELD_NUMBERS or mode == len(shape) - 1
 
 
 def slabs_of(shape: Sequence[int]) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .directions import FindDirections, cheaper_cost, cheaper_directions, exact_cost, exact_directions, passes
 from .errors import CraftError
-from .slices import SlicedTensor, Slices, mode_product, slabs_of
+from .slices import SlicedTensor, Slices, is_held, mode_product, slabs_of
 
 Decomposition = Literal["auto", "hosvd", "st-hosvd", "randomized", "hooi"]
 """The ways to decompose, see `hosvd`: by cost, each mode by itself, each from what the modes before it left, the same
@@ -106,8 +106,9 @@ def hosvd(tensor: Slices, ranks: Sequence[int], method: Decomposition = "auto") 
 
     Cost:
         See `craft_peft.directions`; in memory one slice in float64, a Gram matrix of ``n_k^2``, and small factors.
-        How often each slice is read tells `reads_of_each_slice`: 8 times for "randomized", 3 times for "st-hosvd", and
-        for "hosvd" 4 times, and as often as there are slices in order to compare each with each by parts.
+        How often each slice is read tells `reads_of_each_slice`: 8 times for "randomized" (14 times where a truncated
+        tensor would not be small), 3 times for "st-hosvd", and for "hosvd" 4 times, and as often as there are slices in
+        order to compare each with each by parts.
 
     Example:
         >>> tucker = hosvd(torch.randn(6, 8, 10, generator=torch.Generator().manual_seed(0)), ranks=(2, 3, 4))
@@ -225,9 +226,12 @@ def reads_of_each_slice(shape: Sequence[int], ranks: Sequence[int], method: Deco
     if start == "hosvd":
         reads = 1 + slabs_of(shape) + len(shape)
     else:
-        rows = shape[1] if len(shape) > 1 else shape[0]
-        steps = passes(rows, prod(shape) // rows, ranks[min(1, len(shape) - 1)], randomized=start == "randomized")
-        reads = 1 + steps + 1
+        reads, sizes = 2, list(shape)  # for the scale, and to hold what is left of it
+        for mode in _sequence(len(shape)):
+            reads += passes(sizes[mode], prod(sizes) // sizes[mode], ranks[mode], randomized=start == "randomized")
+            sizes[mode] = ranks[mode]
+            if mode and is_held(sizes, mode):
+                break
     return reads + (_HOOI_SWEEPS * len(shape) if method == "hooi" else 0)
 
 
