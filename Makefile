@@ -9,13 +9,18 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench trust fuzz oldest audit wheel clean
 
 help:
 	@echo "make demo   create $(VENV), install, run the demo (DEMO_ARGS='--text \"...\"' passes options on)"
 	@echo "make test   create $(VENV), install, check the style, run all tests"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make bench  measure the figures of docs/performance.md again: over an hour, on a machine with nothing else to do"
+	@echo "make trust  measure the figures of docs/reliability.md again: damaged adapters, killed runs; 20 minutes"
+	@echo "make fuzz   the property tests with fresh random examples, many more of them"
+	@echo "make oldest the core tests on the oldest supported versions, in an environment of its own"
+	@echo "make audit  known vulnerabilities of the pinned packages, and their licences"
+	@echo "make wheel  build the wheel, twice, and compare"
 	@echo "make clean  remove $(VENV) and what the tools cache"
 
 demo: $(VENV)/demo.installed
@@ -36,12 +41,42 @@ bench: $(VENV)/dev.installed
 	$(OFFLINE) $(BIN)/python benchmarks/decompose.py 12x768 24x768 6x768 12x384 12x1024 24x1024 --adapt \
 		--output $(FIGURES)/decompose-cpu.json
 	$(OFFLINE) $(BIN)/python benchmarks/decompose.py 32x4096 --sides auto hosvd --rounds 1 --output $(FIGURES)/decompose-cpu.json
-	$(OFFLINE) $(BIN)/python benchmarks/decompose.py 2x8192 4x8192 --sides auto --memory --rounds 1 \
+	$(OFFLINE) $(BIN)/python benchmarks/decompose.py 12x8192 16x8192 --sides auto --memory --rounds 1 \
 		--output $(FIGURES)/decompose-cpu.json
 	$(OFFLINE) $(BIN)/python benchmarks/bank.py --output $(FIGURES)/bank-cpu.json
 	$(OFFLINE) $(BIN)/python benchmarks/load.py --output $(FIGURES)/load-cpu.json
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python docs/build.py
+
+trust: $(VENV)/dev.installed
+	$(OFFLINE) $(BIN)/python trust/mutants.py --count 100000 --output results/trust.json
+	$(OFFLINE) $(BIN)/python trust/kills.py --kills 200 --output results/trust.json
+	$(OFFLINE) $(BIN)/python trust/soak.py --cycles 2000 --output results/trust.json
+	$(BIN)/python docs/build.py
+
+fuzz: $(VENV)/dev.installed
+	$(OFFLINE) $(BIN)/python -m pytest -n auto tests/test_fuzz.py --hypothesis-profile=fuzz
+
+# The ranges of pyproject.toml from below; the benchmark and the tests that need newer libraries are left out.
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet $(PIP_TORCH) "torch==$(or $(OLDEST_TORCH),2.4.0)" "numpy<2.3"
+	$(VENV)-oldest/bin/python -m pip install --quiet peft==0.20.0 transformers==4.57.0 "jaxtyping==0.2.34" \
+		beartype hypothesis pytest pytest-xdist --editable .
+	$(OFFLINE) $(VENV)-oldest/bin/python -m pytest -n auto tests/test_tucker.py tests/test_fused.py tests/test_laws.py \
+		tests/test_loading.py tests/test_released_adapters.py tests/test_lora_export.py
+
+audit: $(VENV)/dev.installed
+	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip --requirement constraints.txt
+	$(BIN)/python docs/licences.py --check
+
+wheel: $(VENV)/dev.installed
+	rm -rf dist build/again
+	for place in dist build/again; do \
+		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PIP_CONSTRAINT=constraints.txt \
+			$(BIN)/python -m build --wheel --outdir $$place || exit 1; \
+	done
+	cmp dist/*.whl build/again/*.whl
 
 # torch first and by itself, so that no other package's range chooses a bigger build.
 $(VENV)/torch.installed: constraints.txt

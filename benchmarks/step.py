@@ -12,6 +12,7 @@ backward pass each tensor counts once, and none that exists anyway (weights, fac
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -345,6 +346,7 @@ def main() -> None:
         show(result, console)
         found[kind] = [old for old in found[kind] if name_of(old) != name_of(result)] + [result]
         write(arguments.output, {**found, "device": arguments.device})
+        gc.collect()  # models hold themselves by cycles; the next ones need their memory
     if arguments.output is None:
         console.print(describe_machine()["processor"])
 

@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", max_examples=5000, deadline=None, print_blob=True)
 settings.load_profile("deterministic")
 
 

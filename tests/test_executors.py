@@ -18,6 +18,7 @@ from tiny_sweep import TOML, InProcess, Told, make_sweep, write_sweep
 from transformers import TrainerCallback
 
 from craft_peft import CraftError
+from craft_peft.glue.checkpoints import take_last_whole
 from craft_peft.glue.runs import RESULT, RunFolder
 from craft_peft.glue.sweep import commands, executors
 from craft_peft.glue.sweep.commands import Command, run_command
@@ -145,7 +146,7 @@ class TestKilled:
         for step, text in ((4, "{}"), (8, '{"log')):
             (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
             (run.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-        assert run._last_checkpoint() == run.checkpoints / "checkpoint-4"
+        assert take_last_whole(run.checkpoints)[0] == run.checkpoints / "checkpoint-4"
 
     def test_processes(
         self, workshop: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -127,6 +127,21 @@ def test_what_is_refused(change, match, folder, saved):
     assert_refused(adapted, folder, match, "second")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        {"peft_type": "XLORA", "adapters": {"0": "/elsewhere"}},
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "/elsewhere", "prompt_tuning_init": "TEXT"},
+        {"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "/elsewhere"},
+    ],
+    ids=lambda fields: fields["peft_type"],
+)
+def test_configs_that_reach_elsewhere(fields, folder, saved):
+    (folder / CONFIG).write_text(json.dumps({"task_type": "SEQ_CLS", **fields}))
+    assert_refused(copy.deepcopy(saved[2]), folder, "makes PEFT read other files than the adapter's, or import modules")
+
+
 def test_links_out_of_the_folder(folder, saved, tmp_path):
     (folder / TENSORS).rename(tmp_path / "elsewhere")
     (folder / TENSORS).symlink_to(tmp_path / "elsewhere")
@@ -188,7 +203,7 @@ def test_saving_that_fails_leaves_the_old_adapter(step, folder, saved, tmp_path,
     if step == "save_pretrained":
         monkeypatch.setattr(PeftModel, "save_pretrained", fail)
     else:
-        monkeypatch.setattr("craft_peft.plugin.folders." + {"fsync": "_flush", "rename": "replace_folder"}[step], fail)
+        monkeypatch.setattr("craft_peft.plugin.folders." + {"fsync": "flush", "rename": "replace_folder"}[step], fail)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(other, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -338,6 +338,7 @@ def test_fields_explain_themselves():
         ({"groups": "stack"}, r"groups='stack' is unknown. Use one of weight, layer, all"),
         ({"groups": 0}, r"groups=0 has to be a whole number of at least 1"),
         ({"order": 1}, r"order=1 has to be at least 2: order 2 folds a group into a matrix"),
+        ({"order": 5, "splits": 2**31}, r"fold a group into \d+ sizes\. Use at most 64"),
         ({"order": 2.5}, r"order=2.5 has to be a whole number"),
         ({"splits": 0}, r"splits=0 has to be a whole number"),
         ({"core": "full"}, r"core='full' is unknown. Use one of auto, identity, dense"),

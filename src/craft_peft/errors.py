@@ -1,4 +1,9 @@
-"""The one exception type of this package."""
+"""The one exception type of this package, and what its messages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class CraftError(ValueError):
@@ -16,3 +21,14 @@ class CraftError(ValueError):
         ...     print(type(error).__mro__[1].__name__)
         ValueError
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the name that comes closest to a mistyped one, with a space before it; or nothing.
+
+    Example:
+        >>> did_you_mean("Lorra", ["lora", "vera"]), did_you_mean("x", ["lora", "vera"])
+        (' Did you mean `lora`?', '')
+    """
+    near = get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{near[0]}`?" if near else ""

@@ -31,7 +31,8 @@ def adapted_linear(
 
     With many tokens it forms :math:`W + U K V^\top` (``d_out * d_in * r`` products), with few it goes through the thin
     factors (``tokens * r * (d_out + d_in)``). In less than float32 it always takes the thin factors, because a small
-    delta added to a weight would be lost in rounding. Derivatives of any order are right.
+    delta added to a weight would be lost in rounding; of float16 these products are in float32 (`thin_dtype`).
+    Derivatives of any order are right.
 
     Args:
         x: the input.
@@ -47,12 +48,15 @@ def adapted_linear(
         [6.0, 6.0]
     """
     with _no_autocast(x):
-        hidden = x @ in_factor.to(x.dtype)  # a step of its own: higher derivatives pass through it
+        thin = thin_dtype(x.dtype)
+        hidden = x.to(thin) @ in_factor.to(thin)  # a step of its own: higher derivatives pass through it
         # With few tokens plain operations keep as little, and a step of our own costs more than it saves; but of
         # operands of several dtypes they would keep what was cast.
-        plain = weight.dtype == middle.dtype == x.dtype and not forms_the_weight(_count(hidden), weight, x.dtype)
+        plain = weight.dtype == middle.dtype == x.dtype == thin and not forms_the_weight(
+            _count(hidden), weight, x.dtype
+        )
         if plain or torch._C._are_functorch_transforms_active():
-            return _add_thin(F.linear(x, weight.to(x.dtype), _to(bias, x)), hidden @ middle.to(x.dtype).T, out_factor.T)
+            return add_thin(F.linear(x, weight.to(x.dtype), _to(bias, x)), hidden @ middle.to(thin).T, out_factor.T)
         return _AdaptedLinear.apply(x, hidden, middle, weight, bias, out_factor, in_factor)
 
 
@@ -60,6 +64,20 @@ def forms_the_weight(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether it costs less to add the delta to the weight than to send so many tokens through the thin factors."""
     d_out, d_in = weight.shape
     return tokens * (d_out + d_in) > d_out * d_in and dtype in (torch.float32, torch.float64)
+
+
+def thin_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what the products with thin factors are computed for an input of a dtype: itself, but float32 for float16.
+
+    ``x @ in_factor`` adds up a whole row: it would leave the range of float16 where the base layer's output is in it.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def add_thin(base: Tensor, narrow: Tensor, factor: Tensor) -> Tensor:
+    """``base + narrow @ factor`` in one operation, computed in the dtype of `narrow`, in that of `base`."""
+    dtype = narrow.dtype
+    return torch.addmm(_rows(base).to(dtype), _rows(narrow), factor.to(dtype)).view(base.shape).to(base.dtype)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -84,14 +102,14 @@ class _AdaptedLinear(torch.autograd.Function):
         if forms_the_weight(_count(hidden), weight, x.dtype):
             return F.linear(x, _formed(weight, out_factor, middle, in_factor, x.dtype), _to(bias, x))
         base = F.linear(x, weight.to(x.dtype), _to(bias, x))
-        return _add_thin(base, hidden @ middle.to(x.dtype).T, out_factor.T)
+        return add_thin(base, hidden @ middle.to(hidden.dtype).T, out_factor.T)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, middle, weight, out_factor, in_factor = ctx.saved_tensors
         of_x = of_middle = None
         with _no_autocast(gradient):
-            narrow = gradient @ out_factor.to(gradient.dtype)
+            narrow = gradient.to(hidden.dtype) @ out_factor.to(hidden.dtype)
             if ctx.needs_input_grad[2]:
                 of_middle = (_rows(narrow).T @ _rows(hidden)).to(middle.dtype)
             if ctx.needs_input_grad[0]:
@@ -99,17 +117,12 @@ class _AdaptedLinear(torch.autograd.Function):
                     of_x = gradient @ _formed(weight, out_factor, middle, in_factor, gradient.dtype)
                 else:
                     base = gradient @ weight.to(gradient.dtype)
-                    of_x = _add_thin(base, narrow @ middle.to(gradient.dtype), in_factor.T)
+                    of_x = add_thin(base, narrow @ middle.to(narrow.dtype), in_factor.T)
         return of_x, None, of_middle, None, None, None, None
 
 
 def _formed(weight: Tensor, out_factor: Tensor, middle: Tensor, in_factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.addmm(weight.to(dtype), out_factor.to(dtype), middle.to(dtype) @ in_factor.T.to(dtype))
-
-
-def _add_thin(base: Tensor, narrow: Tensor, factor: Tensor) -> Tensor:
-    """``base + narrow @ factor`` in one operation, in the dtype of `base`."""
-    return torch.addmm(_rows(base), _rows(narrow), factor.to(base.dtype)).view(base.shape)
 
 
 def _rows(tensor: Tensor) -> Tensor:

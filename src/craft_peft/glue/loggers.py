@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import CraftError
+from ..errors import CraftError, did_you_mean
 
 LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 """By logger the modules of which one has to be installed; the first one's name is that of its package."""
@@ -34,8 +33,7 @@ def check_loggers(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in LOGGERS:
-            near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.5)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
+            hint = did_you_mean(name, LOGGERS)
             raise CraftError(f"Unknown logger `{name}`.{hint} The loggers are: {', '.join(LOGGERS)}, or none.")
         if not any(importlib.util.find_spec(module) for module in LOGGERS[name]):
             raise CraftError(

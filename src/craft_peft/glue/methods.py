@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 from peft import PeftConfig, TaskType
 
-from ..errors import CraftError
+from ..errors import CraftError, did_you_mean
 from .method_row import Method, MethodOptions
 from .method_table import METHODS
 
@@ -49,7 +47,7 @@ def make_peft_config(name: str, options: MethodOptions) -> PeftConfig | None:
     try:
         return method.config(**fields)
     except TypeError as error:
-        raise CraftError(f"Method `{name}` does not take these options: {error}. Found {options}.") from error
+        raise CraftError(f"Method `{name}` does not take these options: {error}.") from error
 
 
 def find_method(name: str) -> Method:
@@ -71,6 +69,4 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.5)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
-    raise CraftError(f"Unknown method `{name}`.{hint} The methods are: {', '.join(METHODS)}.")
+    raise CraftError(f"Unknown method `{name}`.{did_you_mean(name, METHODS)} The methods are: {', '.join(METHODS)}.")

@@ -31,6 +31,12 @@ from .tasks import Task
 HELD_OUT = "held_out"
 LOSS_POINTS = 100
 PARTS = 4
+EXPLODED = 1000.0
+"""How many times its first value the loss may grow; losses of GLUE start at 0.5 to 10."""
+ADVICE = (
+    "Use a lower `--learning-rate` or a longer warm-up (`--warmup-ratio`), and start again with `--overwrite`. What "
+    "was saved before stays in the output folder until then."
+)
 
 
 class DivergedError(CraftError):
@@ -115,9 +121,7 @@ def measure(task: Task, prediction: EvalPrediction) -> dict[str, float]:
     logits = prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits
     if not np.isfinite(logits).all():
-        raise DivergedError(
-            "Training diverged: the model's outputs are not finite. Use a lower `--learning-rate`, or a longer warm-up."
-        )
+        raise DivergedError(f"Training diverged: the model's outputs are not finite. {ADVICE}")
     return compute_metrics(task, logits, np.asarray(prediction.label_ids))
 
 
@@ -134,6 +138,7 @@ class Watch(TrainerCallback):
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
         )
         self.start = self.began = self.ended = 0.0
+        self.first_loss: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,11 +157,14 @@ class Watch(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Stops a run whose loss is NaN or infinite."""
-        if not np.isfinite(logs.get("loss", 0.0)):
+        """Stops a run whose loss is NaN or infinite, or so large that it will not come back."""
+        if "loss" not in logs:
+            return
+        self.first_loss = logs["loss"] if self.first_loss is None else self.first_loss
+        if not logs["loss"] <= EXPLODED * max(1.0, self.first_loss):
             raise DivergedError(
-                f"Training diverged: the loss is {logs['loss']} at step {state.global_step} of {state.max_steps}. Use "
-                "a lower `--learning-rate`, or a longer warm-up."
+                f"Training diverged: the loss is {logs['loss']:.3g} at step {state.global_step} of {state.max_steps}, "
+                f"where the learning rate is {logs['learning_rate']:.2g}. {ADVICE}"
             )
 
     def on_evaluate(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..errors import CraftError
+from ..plugin.folders import PART, write_whole
+from .checkpoints import take_last_whole
 
 METADATA = "run.json"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 STAGED = "finished"
-PART = ".part"
 FORMAT = "craft-peft run 1"
 
 
@@ -83,7 +83,7 @@ class RunFolder:
                 "`--overwrite` to start again, or another folder."
             )
 
-    def claim(self, settings: dict[str, Any], task: dict[str, Any], resume: bool) -> Path | None:
+    def claim(self, settings: dict[str, Any], task: dict[str, Any], resume: bool) -> tuple[Path | None, list[str]]:
         """Makes the folder ours: keeps an interrupted run that is resumed, removes a run that is replaced.
 
         Args:
@@ -92,7 +92,7 @@ class RunFolder:
             resume: Whether to go on with an interrupted run.
 
         Returns:
-            The checkpoint to resume from, or None to start at the beginning.
+            The checkpoint to resume from, or None to start at the beginning; and what was wrong with later ones.
 
         Raises:
             CraftError: The interrupted run had other settings.
@@ -101,12 +101,12 @@ class RunFolder:
         wanted = json.loads(json.dumps({"format": FORMAT, "settings": settings, "task": task, "files": []}))
         if resume and earlier is not None:
             _require_equal(earlier, wanted, self.path)
-            return self._last_checkpoint()
+            return take_last_whole(self.checkpoints)
         if earlier is not None:
             self._remove(earlier)
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_metadata(wanted)
-        return None
+        return None, []
 
     def stage(self) -> Path:
         """Makes the empty folder in which the files of the finished run are written first."""
@@ -166,43 +166,6 @@ class RunFolder:
         for folder in (self.checkpoints, self.logs):
             if folder.is_dir():
                 shutil.rmtree(folder)
-
-    def _last_checkpoint(self) -> Path | None:
-        # The trainer writes this file last: a checkpoint without it was cut short.
-        states = self.checkpoints.glob("checkpoint-*/trainer_state.json")
-        complete = [state.parent for state in states if _is_json(state)]
-        return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen in part: beside its place, then renamed.
-
-    Args:
-        path: The file; is replaced if it is there.
-        text: What is to be in it.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_whole(Path(folder) / "a.json", "{}")
-        ...     [file.name for file in Path(folder).iterdir()]
-        ['a.json']
-    """
-    part = path.with_name(path.name + PART)
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _require_equal(earlier: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

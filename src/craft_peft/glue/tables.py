@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,23 @@ class Table:
         columns: Column names in the order of the file.
         rows: Its rows.
         broken: Lines of rows with a wrong number of fields that were left out.
+        nested: Columns of JSON lines that hold lists or objects, left out, each with the first line that does.
     """
 
     path: Path
     columns: tuple[str, ...]
     rows: list[Row]
     broken: tuple[int, ...] = ()
+    nested: Mapping[str, int] = field(default_factory=dict)
 
     def require(self, columns: tuple[str, ...]) -> None:
         """Raises a `CraftError` that lists the columns found, unless all of `columns` are there."""
+        for column in columns:
+            if column in self.nested:
+                raise CraftError(
+                    f"{self.path}, line {self.nested[column]}: `{column}` holds a list or an object. Give a text, a "
+                    "number, true, false or null."
+                )
         missing = [column for column in columns if column not in self.columns]
         if missing:
             raise CraftError(
@@ -76,7 +85,7 @@ def read_table(path: Path, header: tuple[str, ...] = (), keep_broken_out: bool =
         ...     read_table(path).rows
         [Row(line=2, fields={'text': 'one, two', 'label': 'good'})]
     """
-    if path.suffix not in FORMATS:
+    if path.is_file() and path.suffix not in FORMATS:
         raise CraftError(f"{path} is not one of {', '.join(FORMATS)}. Save the table in one of these formats.")
     text = read_text(path)
     if path.suffix == ".jsonl":
@@ -109,6 +118,9 @@ def read_text(path: Path) -> str:
         raise CraftError(
             f"{path}, line {line}: byte 0x{data[error.start]:02x} is not valid UTF-8. Save the file as UTF-8."
         ) from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise CraftError(f"{path}, line {line}: it holds a null byte, so is no text in UTF-8. Save the file as UTF-8.")
     if not text.strip():
         raise CraftError(f"{path} is empty. It must hold at least one row.")
     return text
@@ -163,10 +175,13 @@ def _record_table(
 def _json_table(path: Path, text: str) -> Table:
     rows: list[Row] = []
     columns: dict[str, None] = {}
+    nested: dict[str, int] = {}
     for line, record in enumerate(text.split("\n"), start=1):
         if not record.strip():
             continue
-        fields = _json_fields(path, line, record)
+        values = _json_values(path, line, record)
+        nested = {**{key: line for key, value in values.items() if isinstance(value, list | dict)}, **nested}
+        fields = {key: _json_field(value) for key, value in values.items()}
         if rows and fields.keys() != columns.keys():
             raise CraftError(
                 f"{path}, line {line}: the fields are {_quoted(fields)}, but the first row has {_quoted(columns)}. "
@@ -174,17 +189,23 @@ def _json_table(path: Path, text: str) -> Table:
             )
         columns = columns or dict.fromkeys(fields)
         rows.append(Row(line, fields))
-    return Table(path, tuple(columns), rows)
+    return Table(path, tuple(name for name in columns if name not in nested), rows, nested=nested)
 
 
-def _json_fields(path: Path, line: int, record: str) -> dict[str, str]:
+def _json_values(path: Path, line: int, record: str) -> dict[str, Any]:
+    def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise CraftError(f"{path}, line {line}: {_quoted(twice)} appears more than once. Give each its own name.")
+        return dict(pairs)
+
     try:
-        value = json.loads(record)
-    except json.JSONDecodeError as error:
+        value = json.loads(record, object_pairs_hook=without_doubles)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CraftError(f"{path}, line {line}: not valid JSON ({error}). Write one JSON object a line.") from error
     if not isinstance(value, dict):
         raise CraftError(f"{path}, line {line}: found {type(value).__name__}, one JSON object a line is required.")
-    return {str(key): _json_field(field) for key, field in value.items()}
+    return value
 
 
 def _json_field(value: Any) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CraftError
+from ..errors import CraftError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -234,8 +233,7 @@ def find_task(name: str) -> Task:
     key = name.lower().replace("-", "").replace("_", "")
     if key in TASKS:
         return TASKS[key]
-    near = difflib.get_close_matches(key, TASKS, n=1, cutoff=0.5)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
+    hint = did_you_mean(key, TASKS)
     raise CraftError(
         f"Unknown task `{name}`.{hint} The tasks are: {', '.join(TASKS)}. For a table of your own, leave the task out "
         "and name the file, its text columns and its label column."

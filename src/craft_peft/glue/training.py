@@ -7,7 +7,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import datasets
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import nn
@@ -31,9 +33,11 @@ from ..errors import CraftError
 from ..plugin.bases import fit_bases, wants_batches
 from . import machine, results
 from .budgets import Choice, choose_setting
+from .checkpoints import SealCheckpoints
 from .data import TextData, hold_out
 from .encoding import check_length, encode, longest_first
 from .heads import sample, start_head
+from .interruption import StopOnInterrupt
 from .loggers import check_loggers, log_folder
 from .method_row import Ranks
 from .methods import METHODS, find_method, make_peft_config
@@ -93,25 +97,44 @@ def train(
     check_loggers(config.report_to)
     with console.status("reading data and model ..."):
         run = _prepare(config, data, processes.num_processes)
-    checkpoint = None
+    checkpoint: Path | None = None
+    damage: list[str] = []
     if processes.is_main_process:
-        checkpoint = folder.claim(run.settings, run.data.task.fields(), config.resume)
+        checkpoint, damage = folder.claim(run.settings, run.data.task.fields(), config.resume)
     (checkpoint,) = broadcast_object_list([checkpoint])
     if run.choice is not None:
         console.print(f"Chosen: {run.choice}", soft_wrap=True)
     print_summary(console, run.data, run.model, run.recipe, run.parameters, run.settings, run.held_out, run.steps)
+    for line in damage:
+        console.print(f"Warning: a checkpoint cannot be used. {line}.", soft_wrap=True)
     if checkpoint is not None:
         console.print(f"Resuming from {checkpoint.name}.")
+    stop = StopOnInterrupt(console)
     with log_folder(folder.logs):
-        trainer, watch = _make_trainer(run, folder, console, callbacks)
+        trainer, watch = _make_trainer(run, folder, console, [SealCheckpoints(), stop, *callbacks])
     try:
-        with quiet_transformers():
+        with quiet_transformers(), stop.listening(), _memory_explained(run.recipe):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()
     result = _publish(run, folder, trainer, clock.measure(watch)) if processes.is_main_process else None
     (result,) = broadcast_object_list([result])
     return result
+
+
+@contextmanager
+def _memory_explained(recipe: Recipe) -> Iterator[None]:
+    """Says what to lower when memory runs out, on a processor or a GPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        raise CraftError(
+            f"Out of memory in training: {str(error).strip().partition(chr(10))[0]} Lower `--batch-size` (now "
+            f"{recipe.batch_size}) or `--max-length` (now {recipe.max_length}), or use a smaller model; start again "
+            "with `--overwrite`."
+        ) from error
 
 
 class _Clock:
@@ -165,6 +188,8 @@ class _Run:
 
 def _prepare(config: TrainingConfig, data: TextData | None, processes: int) -> _Run:
     method = find_method(config.method)
+    if not 0 <= config.seed < 2**32:
+        raise CraftError(f"seed={config.seed} cannot be used. Give a whole number from 0 to {2**32 - 1}.")
     model_name = resolve_model_name(config.model)
     peft_config, ranks, choice = _choose_adapter(config)
     # The budget stays in the settings, to say where the ranks come from; they are decided now.

@@ -27,13 +27,22 @@ from ..weights import bytes_of
 MAX_CONFIG_BYTES = 1_000_000
 """A config holds some names and numbers; PEFT's largest have a few kilobytes."""
 
+REACHING = (
+    "adapters",
+    "megatron_config",
+    "prompt_tuning_init_state_dict_path",
+    "shadow_model",
+    "tokenizer_name_or_path",
+)
+"""Fields of configs of PEFT's own that make it read other files, or import modules, that the config names."""
+
 
 def read_config(folder: Path) -> PeftConfig:
     """The config of a saved adapter.
 
     Raises:
         CraftError: no such file, a link that leads out of the folder, too large, no JSON object, an unknown method, an
-            unknown field, or a field of the wrong type or out of range.
+            unknown field, a field of the wrong type or out of range, or one of `REACHING`.
     """
     path = regular_file(folder, CONFIG_NAME)
     if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -54,6 +63,12 @@ def read_config(folder: Path) -> PeftConfig:
         raise CraftError(
             f"{path} has fields that this version does not know: {', '.join(map(repr, unknown))}. It was written by "
             f"{wrote}; install that version or a later one."
+        )
+    reaching = [name for name in REACHING if found.get(name)]
+    if reaching:
+        raise CraftError(
+            f"{path} has `{reaching[0]}`, which makes PEFT read other files than the adapter's, or import modules. If "
+            "you trust where it comes from, load it with `peft.PeftModel.from_pretrained`."
         )
     try:
         return kind(**found)

@@ -1,4 +1,4 @@
-"""Writing a folder so that no reader ever meets half of it."""
+"""Writing files and folders so that no reader ever meets half of one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,34 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import CraftError
+
+PART = ".part"
+"""What the name of a file ends with that is not whole yet."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is never seen in part: beside its place, then renamed.
+
+    Args:
+        path: The file; is replaced if it is there.
+        text: What is to be in it.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_whole(Path(folder) / "a.json", "{}")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['a.json']
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -43,7 +71,7 @@ def written_at_once(folder: Path) -> Iterator[Path]:
             shutil.copytree(folder, staged, symlinks=True)
         staged.mkdir(exist_ok=True)
         yield staged
-        _flush(staged)
+        flush(staged)
         replace_folder(staged, folder)
 
 
@@ -75,8 +103,8 @@ def _exchange(first: Path, second: Path) -> bool:
     return not failed
 
 
-def _flush(folder: Path) -> None:
-    """Have the disk hold the files before they take another's place."""
+def flush(folder: Path) -> None:
+    """Have the disk hold what was written into a folder, before it takes the place of something else."""
     for path in [*folder.rglob("*"), folder]:
         if os.name == "posix" and not path.is_symlink():
             descriptor = os.open(path, os.O_RDONLY)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
+from ..fused import thin_dtype
 from .distributed import check_engine
 from .quantization import adapter_place, read_weight, write_weight
 from .rows import MixedBatch
@@ -42,7 +43,9 @@ class StackSlot(nn.Module):
         """What the adapter adds to this layer's output."""
         if self.training and not torch.compiler.is_compiling():
             check_engine(self.adapter)
-        return self._module(self.layer, F.dropout(x, self.adapter.dropout, self.training))
+        if self.training and self.adapter.dropout > 0:  # it makes numbers larger, beyond the range of float16
+            x = F.dropout(x.to(thin_dtype(x.dtype)), self.adapter.dropout)
+        return self._module(self.layer, x)
 
     def adapted_output(self, x: Tensor, base_layer: nn.Linear) -> Tensor:
         """The layer's output with what the adapter adds, in one step; only if `fuses_with` says so."""

@@ -15,6 +15,9 @@ from ..errors import CraftError
 from .adapter_files import read_config, read_tensors
 from .folders import written_at_once
 
+_FAILURES = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError)
+"""What PEFT raises about configs and tensors that make no sense to it."""
+
 
 def load_adapter(
     base_model: nn.Module, folder: str | Path, adapter_name: str = "default", *, is_trainable: bool = False
@@ -73,7 +76,7 @@ def load_adapter(
             _check_filled(model, adapter_name)
         except CraftError as error:
             raise CraftError(f"The adapter in {folder} does not fit this base model. {error}") from error
-        except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        except _FAILURES as error:
             line = str(error).strip().partition("\n")[0]
             raise CraftError(f"The adapter in {folder} does not fit this base model: {line}") from error
     if is_trainable:

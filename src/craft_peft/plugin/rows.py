@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import FrozenBasesAdapter, StackAdapter
+from ..fused import add_thin, thin_dtype
 
 BASE = "__base__"
 """PEFT's name for a row that uses no adapter."""
@@ -121,11 +122,9 @@ class _Group:
     def add(self, layer: int, result: Tensor, x: Tensor) -> Tensor:
         """The result plus what each row's adapter adds in a layer of the stack."""
         out_factor, in_factor = self._factors_for(x)
-        hidden = x.reshape(len(x), -1, x.shape[-1]) @ in_factor
-        turned = self._turn(layer, hidden).flatten(0, 1)
-        flat = result.reshape(-1, result.shape[-1])
+        hidden = x.reshape(len(x), -1, x.shape[-1]).to(in_factor.dtype) @ in_factor
         # A row of zeros adds exactly nothing.
-        return torch.addmm(flat, turned.to(flat.dtype), out_factor.T.to(flat.dtype)).view(result.shape)
+        return add_thin(result, self._turn(layer, hidden).to(thin_dtype(result.dtype)), out_factor.T)
 
     def _turn(self, layer: int, hidden: Tensor) -> Tensor:
         if self._formed is None and hidden.shape[1] <= FEW_TOKENS and layer not in self._passed:
@@ -162,8 +161,9 @@ class _Group:
         return torch.stack(formed), self._rows.new_tensor([place[adapter] for adapter in self._index])
 
     def _factors_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._factors is None or self._factors[0].dtype != x.dtype or self._factors[0].device != x.device:
-            self._factors = (self._bases.out_factor.to(x), self._bases.in_factor.to(x))
+        kind = (x.device, thin_dtype(x.dtype))
+        if self._factors is None or (self._factors[0].device, self._factors[0].dtype) != kind:
+            self._factors = (self._bases.out_factor.to(*kind), self._bases.in_factor.to(*kind))
         return self._factors
 
 

@@ -14,6 +14,8 @@ from ..weights import StackShape
 from .config import StackConfig, check_choice, check_positive, check_whole_number
 from .stacks import Together
 
+MOST_SIZES = 64
+
 
 @dataclass
 class SuperLoraConfig(StackConfig):
@@ -139,6 +141,11 @@ class SuperLoraConfig(StackConfig):
                 "order 3 and above into a tensor with a core."
             )
         check_whole_number("splits", self.splits)
+        if self.order * self.splits > MOST_SIZES:
+            raise CraftError(
+                f"order={self.order} and splits={self.splits} fold a group into {self.order * self.splits} sizes. Use "
+                f"at most {MOST_SIZES}: with a 2 for each, no model has so many numbers."
+            )
         self._check_sizes()
         self._check_identity_modes()
         if not 0 < self.projection_ratio <= 1:

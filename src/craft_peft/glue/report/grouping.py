@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import CraftError
+from ...errors import CraftError, did_you_mean
 from ..methods import METHODS
 from ..results import Result
 from ..tasks import TASKS
@@ -174,8 +173,7 @@ class Grid:
             several = ", ".join(f"`{variant.label}`" for variant in of_method)
             raise CraftError(f"The results hold several settings of `{name}`: {several}. Name one of them.")
         methods = [variant.method for variant in self.variants]
-        near = difflib.get_close_matches(name.lower(), [*methods, *labels], n=1, cutoff=0.4)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
+        hint = did_you_mean(name, [*methods, *labels])
         raise CraftError(f"No result is of a method `{name}`.{hint} The results are of: {listed}.")
 
 

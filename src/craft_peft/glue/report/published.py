@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import CraftError
+from ...errors import CraftError, did_you_mean
 from ..tasks import TASKS
 
 FILES = {"published": Path(__file__).parent / "published.csv"}
@@ -61,8 +60,7 @@ def read_published(name: str) -> list[PublishedRow]:
         78.7
     """
     if name not in FILES:
-        near = difflib.get_close_matches(name, FILES, n=1, cutoff=0.4)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
+        hint = did_you_mean(name, FILES)
         raise CraftError(f"There are no figures `{name}`.{hint} `--against` takes: {', '.join(FILES)}.")
     with FILES[name].open(encoding="utf-8", newline="") as file:
         return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ...errors import CraftError
+from ...errors import CraftError, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -139,9 +138,7 @@ class Document:
         names = list(known)
         if name in names:
             return name
-        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise self.error(f"unknown {what} `{name}`.{hint} Allowed: {', '.join(names)}.", *place)
+        raise self.error(f"unknown {what} `{name}`.{did_you_mean(name, names)} Allowed: {', '.join(names)}.", *place)
 
     def error(self, message: str, *place: str) -> CraftError:
         """An error that begins with file, line and key."""

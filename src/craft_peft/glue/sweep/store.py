@@ -12,9 +12,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ...errors import CraftError
+from ...plugin.folders import write_whole
 from ..models import resolve_model_name
 from ..results import as_lines
-from ..runs import RESULT, RunFolder, write_whole
+from ..runs import RESULT, RunFolder
 from ..settings import identity
 from .experiment import Experiment
 from .plan import Planned
