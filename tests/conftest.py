@@ -67,3 +67,27 @@ def glue_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"CRAFT_GLUE_DIR={folder!r} is not a folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small encoder, training and development reviews, and scored pairs; tests only read it."""
+    from tiny_encoder import write_workshop
+
+    return write_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an experiment file, `tiny.toml`, with what it needs."""
+    from tiny_sweep import write_sweep
+
+    return write_sweep(tmp_path_factory.mktemp("sweep")).parent
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `draw_nothing`."""
+    from tiny_encoder import draw_nothing
+
+    draw_nothing(monkeypatch)

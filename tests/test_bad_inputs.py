@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_encoder import write_workshop
 
 from craft_peft.cli.main import main
 
@@ -232,11 +231,6 @@ OTHERS = [
     ),
 ]
 ALL = [*TABLES, *DEVELOPMENT, *OPTIONS, *OTHERS]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.mark.parametrize("mistake", ALL, ids=str)

@@ -7,7 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 from test_docs import build
 from tiny_sweep import TOML, InProcess, make_sweep, write_sweep
 
@@ -16,8 +15,7 @@ from craft_peft.glue.sweep.runner import Listener
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def test_from_runs_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("craft_peft.glue.results.draw_curves", lambda result, path: path.write_bytes(b""))
+def test_from_runs_to_the_table(tmp_path: Path, no_pictures: None) -> None:
     path = write_sweep(tmp_path, TOML.replace('choose_on = ["sst2"]', ""))
     sweep = make_sweep(path, only=("sst2-*-seed0",))
     assert sweep.run(InProcess(), Listener())

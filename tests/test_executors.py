@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tiny_encoder import settings, write_workshop
-from tiny_sweep import TOML, InProcess, Told, make_sweep, write_sweep
+from tiny_sweep import TOML, InProcess, Told, make_sweep
 from transformers import TrainerCallback
 
 from craft_peft import CraftError
@@ -28,24 +28,14 @@ from craft_peft.glue.sweep.runner import Listener
 PROJECT = Path(__file__).resolve().parent.parent
 ONE = ("sst2-head-seed0",)
 TIMES = ("seconds", "time", "peak_memory_bytes", "output", "processes")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("craft_peft.glue.results.draw_curves", lambda result, path: path.write_bytes(b""))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an experiment file with what it needs."""
-    return write_sweep(tmp_path_factory.mktemp("workshop")).parent
-
-
-@pytest.fixture(scope="module")
-def expected(workshop: Path) -> dict[str, Any]:
+def expected(sweep_folder: Path) -> dict[str, Any]:
     """The result of one run that nothing interrupted."""
-    make_sweep(workshop / "tiny.toml", only=ONE).run(InProcess(), Listener())
-    return bare(workshop)
+    make_sweep(sweep_folder / "tiny.toml", only=ONE).run(InProcess(), Listener())
+    return bare(sweep_folder)
 
 
 def bare(folder: Path) -> dict[str, Any]:
@@ -121,7 +111,7 @@ class Die(TrainerCallback):
 class TestKilled:
     @pytest.mark.parametrize("moment", ["first epoch", "second epoch", "staged", "half published", "claimed"])
     def test_started_again_it_ends_in_the_same_result(
-        self, workshop: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+        self, sweep_folder: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
     ) -> None:
         def die(*arguments: Any) -> None:
             raise KeyboardInterrupt
@@ -136,9 +126,9 @@ class TestKilled:
             if moment == "claimed":
                 patch.setattr("craft_peft.glue.runs.os.replace", die)
             with pytest.raises(KeyboardInterrupt):
-                make_sweep(workshop / "tiny.toml", tmp_path, only=ONE).run(InProcess(*callbacks), Listener())
+                make_sweep(sweep_folder / "tiny.toml", tmp_path, only=ONE).run(InProcess(*callbacks), Listener())
         assert not list((tmp_path / "runs").glob(f"*/{RESULT}"))
-        assert make_sweep(workshop / "tiny.toml", tmp_path, only=ONE).run(InProcess(), Listener())
+        assert make_sweep(sweep_folder / "tiny.toml", tmp_path, only=ONE).run(InProcess(), Listener())
         assert bare(tmp_path) == expected
 
     def test_a_checkpoint_whose_state_was_cut_short_is_passed_over(self, tmp_path: Path) -> None:
@@ -149,18 +139,18 @@ class TestKilled:
         assert take_last_whole(run.checkpoints)[0] == run.checkpoints / "checkpoint-4"
 
     def test_processes(
-        self, workshop: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, sweep_folder: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A run whose process is killed is a failure by name; done again, it goes on from its checkpoint."""
         monkeypatch.setenv("KILL", "self:6")
         monkeypatch.setenv("KILL_MARKER", str(tmp_path / "killed"))
         told = Told()
-        sweep = make_sweep(workshop / "tiny.toml", tmp_path, only=ONE, job="killed_job")
+        sweep = make_sweep(sweep_folder / "tiny.toml", tmp_path, only=ONE, job="killed_job")
         assert not sweep.run(LocalExecutor(jobs=1), told)
         assert told.events == [("failed", "sst2-head-seed0")]
         (record,) = (tmp_path / "runs").glob("*.failed.json")
         assert "was ended by signal 9" in json.loads(record.read_text())["reason"]
-        sweep = make_sweep(workshop / "tiny.toml", tmp_path, only=ONE, job="killed_job")
+        sweep = make_sweep(sweep_folder / "tiny.toml", tmp_path, only=ONE, job="killed_job")
         assert sweep.run(LocalExecutor(jobs=1), told, retry=True)
         assert "Resuming from checkpoint-4." in next((tmp_path / "runs").glob("*.log")).read_text()
         assert bare(tmp_path) == expected
@@ -182,7 +172,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_ray_starts_a_run_again_whose_worker_was_killed(
-    ray_cluster: None, workshop: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, sweep_folder: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from craft_peft.glue.sweep.on_ray import RayExecutor
 
@@ -197,7 +187,7 @@ def test_ray_starts_a_run_again_whose_worker_was_killed(
     executor.submit = killed
     told = Told()
     only = ("sst2-head-seed0", "sst2-head-seed1")
-    assert make_sweep(workshop / "tiny.toml", tmp_path, only=only, job="killed_job").run(executor, told)
+    assert make_sweep(sweep_folder / "tiny.toml", tmp_path, only=only, job="killed_job").run(executor, told)
     assert (tmp_path / "killed").exists() and sorted(told.events) == [("finished", name) for name in only]
     logs = [log.read_text() for log in (tmp_path / "runs").glob("*.log")]
     assert sum("Resuming from checkpoint-4." in log for log in logs) == 1
@@ -205,11 +195,11 @@ def test_ray_starts_a_run_again_whose_worker_was_killed(
 
 
 def test_a_run_in_two_processes_agrees_with_one(
-    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `accelerate launch`, on gloo: one folder, one summary, the scores of one process."""
-    encoder = json.loads((workshop / "encoder" / "config.json").read_text())
-    shutil.copytree(workshop, tmp_path / "shop")
+    encoder = json.loads((sweep_folder / "encoder" / "config.json").read_text())
+    shutil.copytree(sweep_folder, tmp_path / "shop")
     still = {**encoder, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "shop" / "encoder" / "config.json").write_text(json.dumps(still))
     toml = TOML.replace("hold_out = 0.2", "hold_out = 0.25")  # leaves 48 rows, three whole batches
@@ -236,7 +226,7 @@ def test_a_batch_that_two_processes_cannot_share(tmp_path: Path, monkeypatch: py
     from craft_peft.glue import training
     from craft_peft.glue.training import TrainingConfig
 
-    workshop = write_workshop(tmp_path)
-    config = TrainingConfig(**settings(workshop, tmp_path / "run", batch_size=15))
+    sweep_folder = write_workshop(tmp_path)
+    config = TrainingConfig(**settings(sweep_folder, tmp_path / "run", batch_size=15))
     with pytest.raises(CraftError, match=r"A batch of 15 rows cannot be shared evenly by 2 processes"):
         training._prepare(config, None, 2)

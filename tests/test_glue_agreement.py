@@ -29,6 +29,8 @@ from craft_peft.cli.main import main
 from craft_peft.glue import loggers
 from craft_peft.glue.training import TrainingConfig, train
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,11 +40,6 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config.write_text(json.dumps({**json.loads(config.read_text()), **still}))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("craft_peft.glue.results.draw_curves", lambda result, path: path.write_bytes(b""))
 
 
 def by_hand(workshop: Path, folder: Path) -> tuple[list[float], float]:

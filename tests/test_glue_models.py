@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny_encoder import settings, write_workshop
+from tiny_encoder import settings
 from transformers import (
     BertModel,
     DataCollatorWithPadding,
@@ -33,11 +33,6 @@ from craft_peft.glue.targets import find_model_targets
 from craft_peft.glue.tasks import TASKS, Task
 
 REVIEWS = Task("reviews", ("text",), "label", ("bad", "good"), ("accuracy",))
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 class TestBase:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_encoder import review, settings, write_encoder, write_workshop
+from tiny_encoder import draw_nothing, review, settings, write_encoder
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from craft_peft import CraftError
@@ -32,15 +32,9 @@ Run = Callable[..., Result]
 ADAPTED = tuple(name for name, method in METHODS.items() if method.config is not None)
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_workshop(tmp_path_factory.mktemp("workshop"))
-
-
 @pytest.fixture
-def run(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Trains into a folder of this test; without the picture, which takes longer than the training."""
-    monkeypatch.setattr("craft_peft.glue.results.draw_curves", lambda result, path: path.write_bytes(b""))
+def run(workshop: Path, tmp_path: Path, no_pictures: None) -> Run:
+    """Trains into a folder of this test."""
 
     def start(callbacks: tuple[TrainerCallback, ...] = (), **changed: Any) -> Result:
         fields = settings(workshop, tmp_path / "run", **changed)
@@ -57,7 +51,7 @@ def runs(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         config = TrainingConfig(**settings(workshop, folder / method, method=method, hold_out=0.2))
         with pytest.MonkeyPatch.context() as patch:
             if method != "craft":
-                patch.setattr("craft_peft.glue.results.draw_curves", lambda result, path: path.write_bytes(b""))
+                draw_nothing(patch)
             results[method] = train(config, console=Console(quiet=True))
     return results
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_encoder import settings, write_workshop
+from tiny_encoder import settings
 from transformers import TrainerCallback
 
 from craft_peft.cli.main import main
@@ -23,12 +23,7 @@ from craft_peft.glue.checkpoints import SEAL, find_damage
 from craft_peft.glue.results import Result
 from craft_peft.glue.training import TrainingConfig, train
 
-Start = Callable[..., Result]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_workshop(tmp_path_factory.mktemp("workshop"))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 class At(TrainerCallback):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_encoder import draw_nothing
 from tiny_sweep import RUNS, TOML, InProcess, Told, make_sweep, write_sweep
 from transformers import TrainerCallback
 
@@ -20,27 +21,17 @@ from craft_peft.glue.sweep.plan import Cell
 from craft_peft.glue.sweep.runner import Listener, Sweep
 
 PROJECT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("craft_peft.glue.results.draw_curves", lambda result, path: path.write_bytes(b""))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an experiment file with what it needs."""
-    return write_sweep(tmp_path_factory.mktemp("workshop")).parent
-
-
-@pytest.fixture(scope="module")
-def swept(workshop: Path) -> tuple[Path, InProcess, Told]:
+def swept(sweep_folder: Path) -> tuple[Path, InProcess, Told]:
     """The experiment, run once."""
     executor, told = InProcess(), Told()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("craft_peft.glue.results.draw_curves", lambda result, path: path.write_bytes(b""))
-        assert make_sweep(workshop / "tiny.toml").run(executor, told)
-    return workshop, executor, told
+        draw_nothing(patch)
+        assert make_sweep(sweep_folder / "tiny.toml").run(executor, told)
+    return sweep_folder, executor, told
 
 
 @pytest.fixture
@@ -50,9 +41,9 @@ def finished(swept: tuple[Path, InProcess, Told], tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def small(workshop: Path, tmp_path: Path, **options: Any) -> Sweep:
+def small(sweep_folder: Path, tmp_path: Path, **options: Any) -> Sweep:
     """A sweep of one run, in a folder of this test."""
-    return make_sweep(workshop / "tiny.toml", tmp_path, only=("sst2-head-seed0",), **options)
+    return make_sweep(sweep_folder / "tiny.toml", tmp_path, only=("sst2-head-seed0",), **options)
 
 
 class TestOrder:
@@ -65,13 +56,13 @@ class TestOrder:
         assert executor.ran[0].startswith("sst2-craft-8.33e-03-seed0-")
 
     def test_the_rate_has_the_best_held_out_score(self, swept: tuple[Path, InProcess, Told]) -> None:
-        workshop, _, told = swept
+        sweep_folder, _, told = swept
         ((_, method, scores),) = [event for event in told.events if event[0] == "chosen"]
         assert method == "craft" and set(scores) == {1.0, 10.0}
-        tried = [json.loads(path.read_text()) for path in sorted((workshop / "results" / "rates").iterdir())]
+        tried = [json.loads(path.read_text()) for path in sorted((sweep_folder / "results" / "rates").iterdir())]
         assert sorted(scores.values()) == sorted(run["curve"][-1]["held_out_score"] for run in tried)
         best = max(tried, key=lambda run: run["curve"][-1]["held_out_score"])
-        kept = json.loads((workshop / "results" / "cola-craft-seed1.json").read_text())
+        kept = json.loads((sweep_folder / "results" / "cola-craft-seed1.json").read_text())
         assert kept["config"]["recipe"]["learning_rate"] == best["config"]["recipe"]["learning_rate"]
 
     def test_runs_of_the_first_block_go_first(self, tmp_path: Path) -> None:
@@ -90,18 +81,18 @@ class TestOrder:
 
 class TestResults:
     def test_published_is_the_result_with_its_label(self, swept: tuple[Path, InProcess, Told]) -> None:
-        workshop, _, _ = swept
-        names = {path.name for path in (workshop / "results").glob("*.json")}
+        sweep_folder, _, _ = swept
+        names = {path.name for path in (sweep_folder / "results").glob("*.json")}
         assert names == {
             f"{t}-{m}-seed{s}.json" for t in ("sst2", "cola") for m in ("craft", "lora-r2", "head") for s in (0, 1)
         }
-        result = json.loads((workshop / "results" / "cola-lora-r2-seed1.json").read_text())
+        result = json.loads((sweep_folder / "results" / "cola-lora-r2-seed1.json").read_text())
         about = result["experiment"]
         assert (about["name"], about["label"], about["task"], about["setting"]) == ("tiny", "lora r=2", "cola", "r 2")
         settings = {name: value for name, value in result["config"].items() if name != "adapter"}
-        assert about["id"] == identity({**settings, "model": str((workshop / "encoder").resolve())})
+        assert about["id"] == identity({**settings, "model": str((sweep_folder / "encoder").resolve())})
         assert result["data"]["train"] == 26 and result["config"]["rows"] == 32
-        assert str(workshop) not in json.dumps({**result, "model": "", "config": {**result["config"], "model": ""}})
+        assert str(sweep_folder) not in json.dumps({**result, "model": "", "config": {**result["config"], "model": ""}})
 
     def test_nothing_is_run_or_written_twice(self, finished: Path) -> None:
         files = list(finished.rglob("*.json"))
@@ -178,18 +169,18 @@ class Full(TrainerCallback):
 
 class TestFailures:
     def test_a_failure_is_kept_and_the_rest_goes_on(
-        self, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, sweep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         executor, told = InProcess(Full()), Told()
-        assert not small(workshop, tmp_path).run(executor, told)
+        assert not small(sweep_folder, tmp_path).run(executor, told)
         assert told.events == [("failed", "sst2-head-seed0")]
         (record,) = (tmp_path / "runs").glob("*.failed.json")
         kept = json.loads(record.read_text())
         assert kept["reason"] == "OSError: [Errno 28] No space left on device"
         assert "on_evaluate" in (tmp_path / "runs" / kept["traceback"]).read_text()
         again = InProcess()
-        assert not small(workshop, tmp_path).run(again, Told()) and again.ran == []
-        assert small(workshop, tmp_path).run(again, Told(), retry=True) and len(again.ran) == 1
+        assert not small(sweep_folder, tmp_path).run(again, Told()) and again.ran == []
+        assert small(sweep_folder, tmp_path).run(again, Told(), retry=True) and len(again.ran) == 1
         assert not list((tmp_path / "runs").glob("*.failed.json"))
 
     def test_divergence_is_a_result(self, tmp_path: Path) -> None:
@@ -200,8 +191,8 @@ class TestFailures:
         result = json.loads((tmp_path / "results" / "sst2-lora-r2-seed0.json").read_text())
         assert result["diverged"].startswith("Training diverged") and result["experiment"]["label"] == "lora r=2"
 
-    def test_what_waits_for_a_failure_is_blocked(self, workshop: Path, tmp_path: Path) -> None:
-        sweep = make_sweep(workshop / "tiny.toml", tmp_path, only=("cola-craft-seed0",))
+    def test_what_waits_for_a_failure_is_blocked(self, sweep_folder: Path, tmp_path: Path) -> None:
+        sweep = make_sweep(sweep_folder / "tiny.toml", tmp_path, only=("cola-craft-seed0",))
         assert not sweep.run(InProcess(Full()), Listener())
         assert sweep.state(Cell("cola", "craft", 0, None)) == runner.BLOCKED
 
@@ -251,9 +242,9 @@ class TestCommand:
         ],
     )
     def test_mistakes(
-        self, workshop: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+        self, sweep_folder: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
     ) -> None:
-        assert main(["sweep", str(workshop / "tiny.toml"), "--dry-run", *words]) == 2
+        assert main(["sweep", str(sweep_folder / "tiny.toml"), "--dry-run", *words]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -283,10 +274,10 @@ class TestCommand:
         ("budget = 600", "options = {{ tieing = 1 }}", "methods.craft: Method `craft` does not take these options"),
     ],
 )  # fmt: skip
-def test_a_file_that_cannot_be_used(workshop: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_a_file_that_cannot_be_used(sweep_folder: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
     assert TOML.count(old) == 1
     path = tmp_path / "tiny.toml"
-    path.write_text(TOML.replace(old, new).format(model=workshop / "encoder"))
+    path.write_text(TOML.replace(old, new).format(model=sweep_folder / "encoder"))
     with pytest.raises(CraftError) as error:
         sweep = make_sweep(path)
         [sweep.plan.counts.of(row) for row in sweep.plan.experiment.methods.values()]

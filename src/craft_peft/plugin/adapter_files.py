@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -35,6 +37,12 @@ REACHING = (
     "tokenizer_name_or_path",
 )
 """Fields of configs of PEFT's own that make it read other files, or import modules, that the config names."""
+
+PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters")
+"""Fields in which a string is a regular expression for names of modules."""
+
+MOST_REPEATS = 3
+"""With so many repeats, none in another, a match of a name of a hundred letters takes a millisecond at most."""
 
 
 def read_config(folder: Path) -> PeftConfig:
@@ -64,6 +72,8 @@ def read_config(folder: Path) -> PeftConfig:
             f"{path} has fields that this version does not know: {', '.join(map(repr, unknown))}. It was written by "
             f"{wrote}; install that version or a later one."
         )
+    for field, pattern in _patterns(found):
+        _check_pattern(path, field, pattern)
     reaching = [name for name in REACHING if found.get(name)]
     if reaching:
         raise CraftError(
@@ -76,6 +86,29 @@ def read_config(folder: Path) -> PeftConfig:
         raise CraftError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # PEFT's configs say what is wrong in many ways
         raise CraftError(f"{path} is not a {found['peft_type']} config: {error}") from error
+
+
+def _patterns(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What PEFT takes for regular expressions: some strings, and the keys of `rank_pattern` and its like."""
+    for name, value in fields.items():
+        if name in PATTERNS and isinstance(value, str):
+            yield name, value
+        elif name.endswith("_pattern") and isinstance(value, list | dict):
+            yield from ((name, part) for part in value if isinstance(part, str))
+
+
+def _check_pattern(path: Path, field: str, pattern: str) -> None:
+    """Refuse an expression that is none, or that may take for ever: Python looks for a match in exponential time."""
+    repeats = re.findall(r"(?<!\\)[*+{]", pattern)
+    if len(repeats) > MOST_REPEATS or re.search(r"(?<!\\)\)[*+{]", pattern):
+        raise CraftError(
+            f"{path}: {field}={pattern[:100]!r} may take for ever to match. Use at most {MOST_REPEATS} of *, + and {{, "
+            "and none on a group; or a list of names."
+        )
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CraftError(f"{path}: {field}={pattern[:100]!r} is not a regular expression: {error}.") from error
 
 
 def read_tensors(folder: Path, config: PeftConfig) -> dict[str, Tensor]:

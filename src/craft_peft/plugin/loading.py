@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..errors import CraftError
 from .adapter_files import read_config, read_tensors
 from .folders import written_at_once
 
-_FAILURES = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError)
+_FAILURES = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError, re.error)
 """What PEFT raises about configs and tensors that make no sense to it."""
 
 
