@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_encoder import settings
 from transformers import TrainerCallback
@@ -214,14 +216,25 @@ def test_other_errors_are_not_called_memory(workshop: Path, tmp_path: Path) -> N
         start(workshop, tmp_path / "run", At(2, fail))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "run/checkpoints"),
+        OSError(28, "No space left on device"),
+        SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'),
+        RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0"),
+    ],
+    ids=["with its name", "without", "of safetensors", "of PyTorch"],
+)
 def test_full_disk(
+    error: Exception,
     workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **keywords: Any) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "run" / "checkpoints"))
+        raise error
 
     monkeypatch.setattr("craft_peft.glue.checkpoints.write_whole", full)
     words = ["train", "--model", str(workshop / "encoder"), "--data", str(workshop / "train.csv"), "--epochs", "2"]
     assert main([*words, "--output", str(tmp_path / "run")]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: No space left on device: ") and "checkpoints" in last
+    assert re.fullmatch(r"error: No space left on device(: run/checkpoints)?\. Make room; .*", last)

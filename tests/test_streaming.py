@@ -127,8 +127,8 @@ def test_auto_is_the_exact_decomposition_of_encoders_and_the_randomised_one_of_l
         ranks = (min(24, shape[0]), 100, 100)
         return decomposition_cost(shape, ranks, "auto") == decomposition_cost(shape, ranks, other)
 
-    assert auto_is((6, 384, 384), "hosvd") and auto_is((12, 768, 768), "hosvd") and auto_is((24, 1024, 1024), "hosvd")
-    assert auto_is((24, 2048, 2048), "randomized") and auto_is((32, 4096, 4096), "randomized")
+    assert auto_is((6, 384, 384), "hosvd") and auto_is((12, 768, 768), "hosvd") and auto_is((24, 768, 768), "hosvd")
+    assert auto_is((24, 1024, 1024), "randomized") and auto_is((32, 4096, 4096), "randomized")
     costs = [decomposition_cost((32, 4096, 4096), (24, 100, 100), m) for m in ("randomized", "st-hosvd", "hosvd")]
     assert costs[0] < costs[1] < costs[2]
 

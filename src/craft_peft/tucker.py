@@ -33,8 +33,8 @@ Decomposition = Literal["auto", "hosvd", "st-hosvd", "randomized", "hooi"]
 """The ways to decompose, see `hosvd`: by cost, each mode by itself, each from what the modes before it left, the same
 with a randomised search for directions, or alternating until it fits better."""
 
-EXACT_COST = 2e11
-"""Up to how many products and sums (`decomposition_cost`) "auto" is "hosvd": about two seconds on two cores."""
+EXACT_COST = 8e10
+"""Up to how many products and sums (`decomposition_cost`) "auto" is "hosvd": about a second on two cores."""
 
 _HOOI_SWEEPS = 2  # on a real encoder's weights, further sweeps changed the explained energy by less than 0.1 %
 
@@ -94,7 +94,7 @@ def hosvd(tensor: Slices, ranks: Sequence[int], method: Decomposition = "auto") 
         method: ``"hosvd"`` (De Lathauwer et al. 2000; the CRAFT paper's choice) is exact, in float64, from the Gram
             matrices of the unfoldings. ``"st-hosvd"``: each mode from what the modes before it left (the first mode is
             the last); cheaper, fits a little better. ``"randomized"``: the same, with directions from a block Krylov
-            space where that is cheaper. ``"auto"``: "hosvd" up to two seconds of work on two cores (24 x 1024 x 1024),
+            space where that is cheaper. ``"auto"``: "hosvd" up to a second of work on two cores (24 x 768 x 768),
             "randomized" above; it depends on the sizes alone. ``"hooi"``: two alternating sweeps from "auto"; fits
             best.
 

@@ -75,11 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in DISK_ERRORS or error.filename is None:
-            raise
-        print(f"error: {error.strerror}: {error.filename}. {DISK_ERRORS[error.errno]}", file=sys.stderr)
-        return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -93,6 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = getattr(arguments, "interrupted", "")
         print(f"\ninterrupted.{hint}", file=sys.stderr)
         return 130
+    except Exception as error:
+        line = _describe_disk_error(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def _describe_disk_error(error: Exception) -> str | None:
+    """What to say of an error of the file system that a user can do something about."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}. {DISK_ERRORS[error.errno]}"
+    # safetensors and PyTorch write files by themselves, and have errors of their own.
+    if any(sign in str(error) for sign in ("No space left on device", "PytorchStreamWriter failed writing")):
+        return f"No space left on device. {DISK_ERRORS[errno.ENOSPC]}"
+    return None
 
 
 if __name__ == "__main__":  # for launchers that start a module: accelerate launch -m craft_peft.cli.main ...

@@ -53,7 +53,7 @@ class CraftConfig(StackConfig):
         default="auto",
         metadata={
             "help": "'hosvd' (the paper, exact), 'st-hosvd' (sequentially truncated), 'randomized' (the same by a "
-            "randomised search, for large models), 'auto' (by the sizes: 'hosvd' up to 24 x 1024 x 1024, else "
+            "randomised search, for large models), 'auto' (by the sizes: 'hosvd' up to 24 x 768 x 768, else "
             "'randomized') or 'hooi' (alternating; keeps most of the weights' energy)."
         },
     )
