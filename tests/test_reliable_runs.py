@@ -228,7 +228,10 @@ def test_other_errors_are_not_called_memory(workshop: Path, tmp_path: Path) -> N
 )
 def test_full_disk(
     error: Exception,
-    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workshop: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*args: Any, **keywords: Any) -> None:
         raise error
