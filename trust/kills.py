@@ -5,7 +5,8 @@
 
 A run is killed with SIGKILL up to five times, each time at a random moment: of the clock, or of what it does to files
 (each one it opens, makes, renames or removes in its folder is a moment). Each next attempt is the same command with
-`--resume`, and one that does not go on ends the script with its log; the last one is left alone. Then weights, scores, losses and predictions' metrics are compared.
+`--resume`, and one that does not go on ends the script with its log; the last one is left alone. Then weights, scores,
+losses and metrics are compared.
 """
 
 import argparse
