@@ -18,7 +18,6 @@ from tiny_sweep import TOML, InProcess, Told, make_sweep
 from transformers import TrainerCallback
 
 from craft_peft import CraftError
-from craft_peft.glue.checkpoints import take_last_whole
 from craft_peft.glue.runs import RESULT, RunFolder
 from craft_peft.glue.sweep import commands, executors
 from craft_peft.glue.sweep.commands import Command, run_command
@@ -124,19 +123,12 @@ class TestKilled:
                 move = shutil.move
                 patch.setattr(shutil, "move", lambda source, to: die() if to.name == RESULT else move(source, to))
             if moment == "claimed":
-                patch.setattr("craft_peft.glue.runs.os.replace", die)
+                patch.setattr("craft_peft.plugin.folders.os.replace", die)
             with pytest.raises(KeyboardInterrupt):
                 make_sweep(sweep_folder / "tiny.toml", tmp_path, only=ONE).run(InProcess(*callbacks), Listener())
         assert not list((tmp_path / "runs").glob(f"*/{RESULT}"))
         assert make_sweep(sweep_folder / "tiny.toml", tmp_path, only=ONE).run(InProcess(), Listener())
         assert bare(tmp_path) == expected
-
-    def test_a_checkpoint_whose_state_was_cut_short_is_passed_over(self, tmp_path: Path) -> None:
-        run = RunFolder(tmp_path)
-        for step, text in ((4, "{}"), (8, '{"log')):
-            (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-            (run.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-        assert take_last_whole(run.checkpoints)[0] == run.checkpoints / "checkpoint-4"
 
     def test_processes(
         self, sweep_folder: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

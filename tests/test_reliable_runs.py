@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ from craft_peft.glue.results import Result
 from craft_peft.glue.training import TrainingConfig, train
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C is Python's own, as at a terminal; a process that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class At(TrainerCallback):
@@ -123,6 +131,7 @@ def test_every_checkpoint_damaged(workshop: Path, cut: Path, whole: Path, tmp_pa
     assert_same_end(output, whole)
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("method", ["craft", "full"])
 @pytest.mark.parametrize(("step", "last"), [(2, 3), (4, 4), (7, 8)])  # the step or the evaluation under way ends first
 def test_interrupted(step: int, last: int, method: str, workshop: Path, tmp_path: Path) -> None:
@@ -139,6 +148,7 @@ def test_interrupted(step: int, last: int, method: str, workshop: Path, tmp_path
     assert [record.epoch for record in ended.curve] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("heard")
 def test_interrupted_twice(workshop: Path, tmp_path: Path) -> None:
     def press_twice() -> None:
         press_ctrl_c()
@@ -149,6 +159,7 @@ def test_interrupted_twice(workshop: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*")) == []
 
 
+@pytest.mark.usefixtures("heard")
 def test_interrupted_at_the_last_step(workshop: Path, tmp_path: Path, whole: Path) -> None:
     """There is nothing left to stop: the run ends as ever."""
     start(workshop, tmp_path / "run", At(12, press_ctrl_c))
@@ -241,3 +252,13 @@ def test_full_disk(
     assert main([*words, "--output", str(tmp_path / "run")]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"error: No space left on device(: run/checkpoints)?\. Make room; .*", last)
+
+
+def test_ignored_in_the_background(workshop: Path, tmp_path: Path, whole: Path) -> None:
+    """A process that ignores Ctrl-C goes on ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        start(workshop, tmp_path / "run", At(2, press_ctrl_c))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_same_end(tmp_path / "run", whole)
