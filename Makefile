@@ -63,8 +63,9 @@ oldest:
 	$(VENV)-oldest/bin/python -m pip install --quiet $(PIP_TORCH) "torch==$(or $(OLDEST_TORCH),2.4.0)" "numpy<2.3"
 	$(VENV)-oldest/bin/python -m pip install --quiet peft==0.20.0 transformers==4.57.1 "jaxtyping==0.2.34" \
 		beartype hypothesis pytest pytest-xdist --editable .
-	$(OFFLINE) $(VENV)-oldest/bin/python -m pytest -n auto tests/test_tucker.py tests/test_fused.py tests/test_laws.py \
-		tests/test_loading.py tests/test_released_adapters.py tests/test_lora_export.py
+	$(OFFLINE) $(VENV)-oldest/bin/python -m pytest -n auto -W "ignore:Could not find a config file:UserWarning" \
+		tests/test_tucker.py tests/test_fused.py tests/test_laws.py tests/test_loading.py \
+		tests/test_released_adapters.py tests/test_lora_export.py
 
 audit: $(VENV)/dev.installed
 	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip --requirement constraints.txt
