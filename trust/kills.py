@@ -177,7 +177,6 @@ def main() -> int:
         "differ": differ,
         "seconds": round(time.perf_counter() - start),
     }
-    print(json.dumps(figures, indent=1))
     keep(arguments.output, "kills", figures)
     return 1 if differ else 0
 

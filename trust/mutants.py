@@ -326,7 +326,6 @@ def main() -> int:
         "most_bytes": max(part["most_bytes"] for part in found),
         "seconds": round(time.perf_counter() - start),
     }
-    print(json.dumps(figures, indent=1))
     keep(arguments.output, "mutants", figures)
     return 1 if broken else 0
 

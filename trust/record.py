@@ -18,7 +18,8 @@ def reset_peak() -> None:
 
 
 def keep(path: Path | None, name: str, figures: dict[str, Any]) -> None:
-    """Put figures beside those of the other scripts."""
+    """Print figures, and put them beside those of the other scripts."""
+    print(json.dumps(figures, indent=1))
     if path is not None:
         found = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,12 @@
     python trust/soak.py --cycles 60                                   # that it runs
 
 Adapters of four methods take turns on one base model of RoBERTa's kind: each is loaded twice, the first deleted, the
-second used, and the base taken back. After the first tenth of the cycles, in which
-Python and PyTorch take what they keep, the resident set may change by 5 % at most.
+second used, and the base taken back. After the first tenth of the cycles, in which Python and PyTorch take what they
+keep, the resident set may change by 5 % at most.
 """
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -77,7 +76,6 @@ def main() -> int:
         "largest_change": round(change, 4),
         "seconds": round(time.perf_counter() - start),
     }
-    print(json.dumps(figures, indent=1))
     keep(arguments.output, "soak", figures)
     return 1 if change > ALLOWED else 0
 

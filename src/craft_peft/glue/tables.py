@@ -180,7 +180,9 @@ def _json_table(path: Path, text: str) -> Table:
         if not record.strip():
             continue
         values = _json_values(path, line, record)
-        nested = {**{key: line for key, value in values.items() if isinstance(value, list | dict)}, **nested}
+        for key, value in values.items():
+            if isinstance(value, list | dict):
+                nested.setdefault(key, line)
         fields = {key: _json_field(value) for key, value in values.items()}
         if rows and fields.keys() != columns.keys():
             raise CraftError(
