@@ -13,8 +13,13 @@ from tiny_sweep import DieOnce
 
 from craft_peft.glue.sweep.job import end_with_parent, run_job
 
-if __name__ == "__main__":
+
+def main(words):
     end_with_parent()
     who, _, step = os.environ["KILL"].partition(":")
     pid = os.getppid() if who == "parent" else os.getpid()
-    sys.exit(run_job(json.loads(sys.argv[1]), callbacks=[DieOnce(int(step), Path(os.environ["KILL_MARKER"]), pid)]))
+    return run_job(json.loads(words[0]), callbacks=[DieOnce(int(step), Path(os.environ["KILL_MARKER"]), pid)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -22,6 +22,7 @@ from craft_peft.glue.runs import RESULT, RunFolder
 from craft_peft.glue.sweep import commands, executors
 from craft_peft.glue.sweep.commands import Command, run_command
 from craft_peft.glue.sweep.executors import LocalExecutor
+from craft_peft.glue.sweep.forked import fork_server, run_forked
 from craft_peft.glue.sweep.runner import Listener
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,22 @@ class TestCommands:
         ended = run_command(command(tmp_path, "import os, sys; print(os.environ['GIVEN']); sys.exit(3)"))
         assert ended.status == 3 and ended.files == {}
         assert (tmp_path / "run.log").read_text() == "yes\n"
+
+    def test_a_fork_does_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What `run_command` gives a process: environment, log, a pipe as input, threads, and functions at its exit."""
+        monkeypatch.setenv("OUTER", "seen")
+        context = fork_server("craft_peft.glue.sweep.job")
+        if context is None:
+            pytest.skip("this system's libraries do not bear a fork")
+        given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        asked = Command(("-m", "forked_job", "word"), tmp_path / "run", given, tmp_path, "forked_job")
+        ended = run_forked(context, asked)
+        assert (ended.status, ended.files) == (3, {})
+        same = run_command(asked)
+        assert same.status == 3
+        log = (tmp_path / "run.log").read_text().splitlines()
+        assert log[: len(log) // 2] == log[len(log) // 2 :]
+        assert log[0] == "word seen 1 pipe" and log[1] == "finished"
 
     def test_the_pipe_ends_with_the_parent(self, tmp_path: Path) -> None:
         """A process that starts one which waits for its input, and is killed by it."""

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ def finished(runs: dict[str, Result], tmp_path: Path) -> Path:
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_parts_of_the_time_are_the_whole(run: Run) -> None:
+    before = time.perf_counter()
+    result = run()
+    whole, parts = time.perf_counter() - before, result.time
+    assert parts is not None and parts.startup is None
+    assert parts.training + parts.evaluation == pytest.approx(result.seconds)
+    known = (parts.fitting, parts.setup, parts.training, parts.evaluation, parts.saving)
+    assert all(part > 0 for part in known) and sum(known) <= whole
 
 
 class TestFinishedRun:

@@ -335,10 +335,11 @@ class TestShowing:
         report = make_report([tmp_path])
         assert "no figures of its adapter" in report.left_out[0].reason and len(report.grid.runs) == 1
 
-    def test_setup_share_where_it_is_known(self, tmp_path: Path) -> None:
-        (tmp_path / "a.json").write_text(edited(lambda fields: fields.update(time=SECONDS)))
+    @pytest.mark.parametrize(("further", "share"), [({}, "12.0"), ({"fitting": 20.0}, "10.0")])
+    def test_setup_share_where_it_is_known(self, tmp_path: Path, further: dict[str, float], share: str) -> None:
+        (tmp_path / "a.json").write_text(edited(lambda fields: fields.update(time=SECONDS | further)))
         text = render_markdown(make_report([tmp_path]))
-        assert "setup, %" in text and "| 12.0 |" in text
+        assert "setup, %" in text and f"| {share} |" in text
 
     def test_the_page_needs_nothing_else(self, results: Path) -> None:
         page = render_page(make_report([results], against="published"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CraftError
@@ -31,7 +32,10 @@ def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return rows.map(batch, batched=True, remove_columns=rows.column_names)
+        # A fingerprint of its own, since to make one the library pickles the tokenizer, which takes seconds.
+        fingerprint = generate_random_fingerprint()
+        columns = rows.column_names
+        return rows.map(batch, batched=True, remove_columns=columns, keep_in_memory=True, new_fingerprint=fingerprint)
     finally:
         if not bars:
             datasets.enable_progress_bars()

@@ -81,10 +81,11 @@ class Seconds:
 
     Args:
         startup: From the start of the process until training was asked for: imports; None when the process did more.
-        setup: Data, model, head and adapter, until the first step.
+        setup: Data, model and adapter, until the first step.
         training: Steps, with the checkpoints between the epochs.
         evaluation: Measuring after each epoch.
         saving: The last checkpoint, weights, card and picture.
+        fitting: What is fitted on training rows before the first step: the head, and bases from batches.
     """
 
     startup: float | None
@@ -92,6 +93,7 @@ class Seconds:
     training: float
     evaluation: float
     saving: float
+    fitting: float = 0.0
 
 
 @dataclass(frozen=True)

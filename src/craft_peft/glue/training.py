@@ -117,7 +117,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()
-    result = _publish(run, folder, trainer, clock.measure(watch)) if processes.is_main_process else None
+    result = _publish(run, folder, trainer, clock.measure(watch, run.fitting)) if processes.is_main_process else None
     (result,) = broadcast_object_list([result])
     return result
 
@@ -144,20 +144,33 @@ class _Clock:
         self.start = time.perf_counter()
         self.startup = None if began is None else time.time() - began
 
-    def measure(self, watch: Watch) -> Callable[[list[dict[str, Any]]], Seconds]:
+    def measure(self, watch: Watch, fitting: float) -> Callable[[list[dict[str, Any]]], Seconds]:
         """What turns the trainer's log into seconds, when everything is saved."""
 
         def seconds(log: list[dict[str, Any]]) -> Seconds:
             evaluation = sum(value for entry in log for name, value in entry.items() if EVALUATED.fullmatch(name))
             return Seconds(
                 startup=self.startup,
-                setup=watch.began - self.start,
+                setup=watch.began - self.start - fitting,
                 training=next(entry["elapsed"] for entry in reversed(log) if "elapsed" in entry) - evaluation,
                 evaluation=evaluation,
                 saving=time.perf_counter() - watch.ended,
+                fitting=fitting,
             )
 
         return seconds
+
+
+class _Stopwatch:
+    """Adds up the seconds of `with` blocks."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self.start
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,7 @@ class _Run:
     parameters: Parameters
     train_set: datasets.Dataset
     dev_sets: dict[str, datasets.Dataset]
+    fitting: float
 
     @property
     def steps_an_epoch(self) -> int:
@@ -218,16 +232,20 @@ def _prepare(config: TrainingConfig, data: TextData | None, processes: int) -> _
     set_head = partial(
         start_head, task=data.task, rows=train_set, collator=collator, start=recipe.head_start, seed=config.seed
     )
+    fitting = _Stopwatch()
     if config.start_from is None:
-        set_head(base)
+        with fitting:
+            set_head(base)
     total = sum(parameter.numel() for parameter in base.parameters())
     precision = choose_precision(config.precision, getattr(base.config, "hidden_size", 0))
     model = adapt(base, peft_config, method.trains_base)
     if wants_batches(model):
-        fit_bases(model, DataLoader(sample(train_set, config.seed), batch_size=32, collate_fn=collator))
+        with fitting:
+            fit_bases(model, DataLoader(sample(train_set, config.seed), batch_size=32, collate_fn=collator))
     if config.start_from is not None:
         start_from_run(model, config.start_from, config.method, model_name)
-        set_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+        with fitting:
+            set_head(model.get_base_model() if isinstance(model, PeftModel) else model)
     return _Run(
         config=config,
         processes=processes,
@@ -241,6 +259,7 @@ def _prepare(config: TrainingConfig, data: TextData | None, processes: int) -> _
         parameters=_count(model, total),
         train_set=train_set,
         dev_sets=dev_sets,
+        fitting=fitting.seconds,
     )
 
 

@@ -13,6 +13,8 @@ from .transforms import Insight
 from .words import Differences, probability, signed
 
 MISSING = "–"
+WORK = ("fitting", "training", "evaluation")
+"""Fields of `results.Seconds` that are not the runner's own cost."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def costs(grid: Grid) -> Table:
         "Trained numbers of the adapter and of the head, with the range over the tasks where it is one. Stored: the "
         "saved weight files, with what a method keeps besides its trained numbers; the whole model where no adapter is "
         "saved. Seconds a step: of all wall time, the evaluations after each epoch included. Setup, where it is known: "
-        "the share of a run's time that is neither training nor evaluation.",
+        "the share of a run's time in which nothing is fitted, trained or evaluated.",
     )
 
 
@@ -339,10 +341,11 @@ def _step_seconds(result: Result) -> float | None:
 
 
 def _setup(run: Run) -> float | None:
-    """The share of a run's time before the first step and after the last, in percent; None where it was not kept."""
+    """The share of a run's time that neither fits nor measures anything, in percent; None where it was not kept."""
     parts = run.fields.get("time")
     if not isinstance(parts, dict) or "setup" not in parts:
         return None
     known = {name: part for name, part in parts.items() if isinstance(part, int | float)}
     whole = sum(known.values())
-    return 100 * (1 - (known.get("training", 0) + known.get("evaluation", 0)) / whole) if whole > 0 else None
+    work = sum(known.get(name, 0.0) for name in WORK)
+    return 100 * (1 - work / whole) if whole > 0 else None

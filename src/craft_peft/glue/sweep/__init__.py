@@ -4,5 +4,5 @@
 - `plan`: its runs in their order, with everything decided; `counts`: parameters, kept between calls; `estimate`: time
 - `store`: what is finished, failed or published; `runner`: what runs next; `table`: what the user sees
 - `executors`: one process a run on this machine; `on_ray`: the same on a Ray cluster; `commands`: both start a process
-  of `job`, the run itself
+  of `job`, the run itself; `forked`: the same without its imports
 """

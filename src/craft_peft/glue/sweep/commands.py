@@ -23,12 +23,15 @@ class Command:
         folder: The folder that it fills; everything else that it writes begins with this folder's name.
         environment: Variables on top of those of the machine.
         marker: A file that is there exactly where the folder is the one that the sweep sees.
+        module: The module whose `main` does with the last word what the words do, where there is one: a process that
+            has imported it need not be a new one.
     """
 
     words: tuple[str, ...]
     folder: Path
     environment: dict[str, str]
     marker: Path
+    module: str | None = None
 
     @property
     def log(self) -> Path:

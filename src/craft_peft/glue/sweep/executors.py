@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
@@ -12,9 +11,12 @@ import psutil
 import torch
 
 from .commands import Command, Ended, run_command
+from .forked import fork_server, run_forked
 
 BYTES_A_NUMBER = 16
 """Weights, and what a step keeps beside them, roughly."""
+JOB = "craft_peft.glue.sweep.job"
+"""The module that is a run."""
 PROCESS_BYTES = 1_500_000_000
 """Of a process that trains a model of no size."""
 
@@ -34,6 +36,14 @@ class Executor(Protocol):
         """Ends what still runs."""
 
 
+@runtime_checkable
+class Process(Protocol):
+    """A process, of `subprocess` or of `multiprocessing`."""
+
+    def kill(self) -> None:
+        """Ends it, if it still runs."""
+
+
 class LocalExecutor:
     """Runs commands on this machine.
 
@@ -48,8 +58,9 @@ class LocalExecutor:
         self.slots = jobs or how_many_fit(threads, need, devices)
         self.environment = {"OMP_NUM_THREADS": str(threads)}
         self.pool = ThreadPoolExecutor(self.slots)
-        self.processes: set[subprocess.Popen] = set()
+        self.processes: set[Process] = set()
         self.closed = False
+        self.forks = None if devices else fork_server(JOB)  # the driver of a GPU does not survive a fork
         # Each slot has a GPU of its own, as far as there are some.
         self.devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for slot in range(self.slots):
@@ -64,11 +75,13 @@ class LocalExecutor:
         own = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         command.environment.update({**self.environment, **own})
         try:
+            if self.forks is not None and command.module is not None:
+                return run_forked(self.forks, command, self._started)
             return run_command(command, self._started)
         finally:
             self.devices.put(device)
 
-    def _started(self, process: subprocess.Popen) -> None:
+    def _started(self, process: Process) -> None:
         self.processes.add(process)
         if self.closed:
             process.kill()
@@ -78,8 +91,7 @@ class LocalExecutor:
         self.closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self.processes):
-            if process.poll() is None:
-                process.kill()
+            process.kill()  # which does nothing to one that has ended
         self.pool.shutdown()
 
 

@@ -16,11 +16,9 @@ from typing import Any
 from ...errors import CraftError
 from .commands import Command, Ended, words_of
 from .estimate import Estimates
-from .executors import Executor, memory_need
+from .executors import JOB, Executor, memory_need
 from .plan import Cell, Plan, Planned
 from .store import DIVERGED, FAILED, LOCK, Record, Store, held_out_score, write_record
-
-JOB = "craft_peft.glue.sweep.job"
 
 FINISHED, RUNNING, WAITING, BLOCKED = "finished", "running", "waiting", "blocked"
 STATES = (FINISHED, DIVERGED, FAILED, RUNNING, WAITING, BLOCKED)
@@ -188,7 +186,8 @@ class Sweep:
         fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
         words = words_of(self.job, json.dumps(fields), self.launch)
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        return Command(words, output, {"PYTHONPATH": path}, self.store.runs / LOCK)
+        module = self.job if self.launch is None else None
+        return Command(words, output, {"PYTHONPATH": path}, self.store.runs / LOCK, module)
 
     def _end(self, future: Future[Ended], listener: Listener) -> None:
         planned, _ = self.running.pop(future)
