@@ -10,6 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+FORMAT = "craft-peft result 1"
+"""What result files say that they are; one without it is of this format."""
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -145,7 +148,7 @@ class Result:
 
     def write(self, path: Path) -> None:
         """Writes the result as JSON: long curves stay readable beside the rest."""
-        fields = dataclasses.asdict(self)
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
         fields["parameters"]["trainable"] = self.parameters.trainable
         path.write_text(as_lines(fields), encoding="utf-8")
 

@@ -10,10 +10,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ..metrics import mean_score
-from ..results import EpochRecord, Result, choose_scores
+from ..results import FORMAT, EpochRecord, Result, choose_scores
 from ..tasks import TASKS
 
-FORMAT = "craft-peft result 1"
 FAILURES = ("failed", "diverged")
 """What a file that stands for a run without a result says of it."""
 
