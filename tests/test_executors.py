@@ -87,6 +87,25 @@ class TestCommands:
             assert told.read_text() == "ended with ''"
         assert process.returncode == -9
 
+    def test_a_fork_ends_with_the_process_that_asked_for_it(self, tmp_path: Path) -> None:
+        if fork_server("craft_peft.glue.sweep.job") is None:
+            pytest.skip("this system's libraries do not bear a fork")
+        told = tmp_path / "told"
+        os.mkfifo(told)
+        outer = (
+            "import sys; from pathlib import Path; from craft_peft.glue.sweep.commands import Command\n"
+            "from craft_peft.glue.sweep.forked import fork_server, run_forked\n"
+            "here, words = Path(sys.argv[1]), ('-m', 'forked_job', sys.argv[2])\n"
+            "asked = Command(words, here / 'run', {'OMP_NUM_THREADS': '1'}, here, 'forked_job')\n"
+            "run_forked(fork_server('craft_peft.glue.sweep.job'), asked)"
+        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, *sys.path)))}
+        words = [sys.executable, "-c", outer, tmp_path, told]
+        with subprocess.Popen(words, env=environment) as process, told.open() as lines:
+            assert lines.readline() == "here\n"
+            process.kill()
+            assert lines.read() == ""  # comes when the fork has ended
+
     def test_files_come_back_from_where_nobody_sees_them(self, tmp_path: Path) -> None:
         code = f"from pathlib import Path; p = Path({str(tmp_path / 'run')!r}); p.mkdir(); (p / 'a').write_text('b')"
         ended = run_command(command(tmp_path, code, shared=False))
