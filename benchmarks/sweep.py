@@ -24,6 +24,7 @@ from craft_peft.glue.results import FORMAT
 from craft_peft.glue.runs import FORMAT as RUN_FORMAT
 from craft_peft.glue.sweep.commands import Command, run_command
 from craft_peft.glue.sweep.counts import Counts
+from craft_peft.glue.sweep.executors import JOB
 from craft_peft.glue.sweep.experiment import read_experiment
 from craft_peft.glue.sweep.forked import fork_server, run_forked
 from craft_peft.glue.sweep.plan import Plan
@@ -90,7 +91,7 @@ def start_seconds(folder: Path, rounds: int) -> Seconds:
     module = "sweep_start"
     (folder / f"{module}.py").write_text(START)
     sys.path.insert(0, str(folder))
-    forks = fork_server("craft_peft.glue.sweep.job")
+    forks = fork_server(JOB)
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     seconds: Seconds = {}
     for number in range(-1, rounds):  # the first fork waits for the imports, once

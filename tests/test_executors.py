@@ -21,7 +21,7 @@ from craft_peft import CraftError
 from craft_peft.glue.runs import RESULT, RunFolder
 from craft_peft.glue.sweep import commands, executors
 from craft_peft.glue.sweep.commands import Command, run_command
-from craft_peft.glue.sweep.executors import LocalExecutor
+from craft_peft.glue.sweep.executors import JOB, LocalExecutor
 from craft_peft.glue.sweep.forked import fork_server, run_forked
 from craft_peft.glue.sweep.runner import Listener
 
@@ -60,7 +60,7 @@ class TestCommands:
     def test_a_fork_does_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What `run_command` gives a process: environment, log, a pipe as input, threads, and functions at its exit."""
         monkeypatch.setenv("OUTER", "seen")
-        context = fork_server("craft_peft.glue.sweep.job")
+        context = fork_server(JOB)
         if context is None:
             pytest.skip("this system's libraries do not bear a fork")
         given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
@@ -88,7 +88,7 @@ class TestCommands:
         assert process.returncode == -9
 
     def test_a_fork_ends_with_the_process_that_asked_for_it(self, tmp_path: Path) -> None:
-        if fork_server("craft_peft.glue.sweep.job") is None:
+        if fork_server(JOB) is None:
             pytest.skip("this system's libraries do not bear a fork")
         told = tmp_path / "told"
         os.mkfifo(told)
