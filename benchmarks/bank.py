@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 import torch
-from pairs import ratio, seconds_of, take_turns, write
+from pairs import ratio, read, replaced, seconds_of, take_turns, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -267,10 +267,9 @@ def main() -> None:
             rows += encoder_rows(count, lengths, quick, device)
         if "decoder" in arguments.parts:
             rows.append(decoder_row(count, quick, device))
-    if arguments.merge and arguments.output and arguments.output.exists():
-        new = {(row["what"], row["adapters"], row.get("length")) for row in rows}
-        kept = json.loads(arguments.output.read_text())["rows"]
-        rows += [row for row in kept if (row["what"], row["adapters"], row.get("length")) not in new]
+    if arguments.merge:
+        kept = read(arguments.output).get("rows", [])
+        rows = replaced(kept, rows, lambda row: (row["what"], row["adapters"], row.get("length")))
         order = ["memory", "add", "switch", "forward", "generate"]
         rows.sort(key=lambda row: (row["adapters"], order.index(row["what"]), row.get("length", 0)))
     show(rows)

@@ -18,7 +18,6 @@ stretched to the width, half in directions that the layers share, half in a laye
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from statistics import linear_regression, median
 from typing import Any
 
 import torch
-from pairs import describe_machine, ratio, take_turns
+from pairs import ratio, read, replaced, take_turns, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -242,18 +241,11 @@ def shape_of(text: str) -> tuple[int, int, int]:
     return layers, d_out, *(d_in or [d_out])  # type: ignore[return-value]
 
 
-def write(path: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Add to what a file holds; a stack measured again takes the place of its row."""
-    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
-
-    def name(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row["shape"]), row["spectrum"]
-
-    kept = [row for row in old["rows"] if name(row) not in map(name, rows)]
-    everything = sorted(kept + rows, key=lambda row: (row["shape"][1], row["shape"][0], row["spectrum"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**old, **result, "rows": everything, "fitted": fit_depth(everything)}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def with_rows(old: dict[str, Any], result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, with what was measured since."""
+    rows = replaced(old.get("rows", []), rows, lambda row: (row["shape"], row["spectrum"]))
+    rows.sort(key=lambda row: (row["shape"][1], row["shape"][0], row["spectrum"]))
+    return {**old, **result, "rows": rows, "fitted": fit_depth(rows)}
 
 
 def fit_depth(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -289,7 +281,7 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.shapes, arguments.rounds, arguments.memory = [(3, 96, 96), (2, 400, 400)], 1, []
-    result: dict[str, Any] = {"device": arguments.device, "machine": describe_machine()}
+    result: dict[str, Any] = {"device": arguments.device}
     if arguments.adapt or arguments.quick:
         layers, repeats = (2, 1) if arguments.quick else (24, 5)
         seconds = seconds_to_adapt(layers, repeats)
@@ -301,13 +293,13 @@ def main() -> None:
     if arguments.model and arguments.adapt:
         result["kept_energy"] = kept_energy(arguments.model)
         result["model"] = arguments.name or Path(arguments.model).name
-    if arguments.output:
-        write(arguments.output, result, [])
+    found = with_rows(read(arguments.output), result, [])
+    write(arguments.output, found)
     for shape in arguments.shapes:
         row = compare(shape, arguments.spectrum, arguments.sides, arguments)
         show(row)
-        if arguments.output:
-            write(arguments.output, result, [row])
+        found = with_rows(found, result, [row])
+        write(arguments.output, found)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from craft_peft.glue.machine import describe_processor, describe_versions, find_commit
 
 Seconds = dict[str, list[float]]
+Row = dict[str, Any]
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 1) -> Seconds:
@@ -69,6 +70,17 @@ def describe_machine() -> dict[str, Any]:
         "versions": describe_versions(),
         "commit": find_commit(),
     }
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """What `write` left in a file; nothing if there is no path or no file."""
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
+def replaced(old: list[Row], new: list[Row], name: Callable[[Row], Any]) -> list[Row]:
+    """The old rows and the new; what was measured again, by its name, takes the place of its old row."""
+    again = [name(row) for row in new]
+    return [row for row in old if name(row) not in again] + new
 
 
 def write(path: Path | None, result: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ backward pass each tensor counts once, and none that exists anyway (weights, fac
 import argparse
 import copy
 import gc
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import describe_machine, ratio, take_turns, write
+from pairs import describe_machine, ratio, read, replaced, take_turns, write
 from peft import LoraConfig, PeftConfig, PsoftConfig, VeraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -295,12 +294,6 @@ def compare(setting: Setting, sides: tuple[str, ...], rounds: int, device: str) 
     return {**described, "batch": setting.batch, "length": setting.length, "dtype": setting.dtype, "sides": found}
 
 
-def read_file(path: Path | None) -> dict[str, list[dict[str, Any]]]:
-    """What a file holds already; what is measured again takes the place of its figures."""
-    found = json.loads(path.read_text()) if path is not None and path.exists() else {}
-    return {kind: found.get(kind, []) for kind in ("settings", "generation")}
-
-
 def name_of(result: dict[str, Any]) -> tuple[Any, ...]:
     return (*(result.get(key) for key in ("shape", "batch", "length", "new_tokens", "dtype")), *result["sides"])
 
@@ -337,14 +330,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, two rounds")
     arguments = parser.parse_args()
     chosen = QUICK if arguments.quick else [s for name in arguments.settings.split(",") for s in SETTINGS[name]]
-    console, found = Console(), read_file(arguments.output)
+    console, before = Console(), read(arguments.output)
+    found = {kind: before.get(kind, []) for kind in ("settings", "generation")}
     for setting in chosen:
         sides = tuple(arguments.sides.split(",")) if arguments.sides else setting.sides
         kind = "settings" if isinstance(setting, Setting) else "generation"
         run = compare if isinstance(setting, Setting) else compare_generation
         result = run(setting, sides, arguments.rounds or setting.rounds, arguments.device)  # type: ignore[operator]
         show(result, console)
-        found[kind] = [old for old in found[kind] if name_of(old) != name_of(result)] + [result]
+        found[kind] = replaced(found[kind], [result], name_of)
         write(arguments.output, {**found, "device": arguments.device})
         gc.collect()  # models hold themselves by cycles; the next ones need their memory
     if arguments.output is None:

@@ -364,7 +364,7 @@ def lotr(folder, base):
     [
         (
             other_base,
-            "base weights are not those here.*stack that begins with 'bert.encoder.layer.0.attention.self.query",
+            "base weights are not those that.*stack that begins with 'bert.encoder.layer.0.attention.self.query",
         ),
         (other(decomposition="hooi"), "bases computed from the weights are not those.*same decomposition"),
         (other(ranks=(2, 3, 3)), "the same ranks: make another model and bank"),

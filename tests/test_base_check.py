@@ -176,5 +176,5 @@ def test_a_loaded_model_can_be_copied(method, tmp_path):
 def test_without_factors_another_base_is_refused(load, tmp_path):
     model = saved(CRAFT, bert(), tmp_path, save_factors=False)
     assert torch.equal(logits(load(bert(), tmp_path).eval()), logits(model))
-    with pytest.raises(CraftError, match="base weights are not those it was trained with"):
+    with pytest.raises(CraftError, match="base weights are not those that the adapter was trained with"):
         load(bert(seed=1), tmp_path)

@@ -14,7 +14,7 @@ SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not 
 
 sys.path.insert(0, str(BENCHMARKS))
 import plots  # noqa: E402
-from pairs import ratio, take_turns  # noqa: E402
+from pairs import ratio, replaced, take_turns  # noqa: E402
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -44,3 +44,9 @@ def test_sides_take_turns():
 
 def test_a_ratio_is_the_median_of_pairs():
     assert ratio({"a": [2.0, 30.0, 8.0], "b": [1.0, 10.0, 2.0]}, "a", "b") == 3.0
+
+
+def test_what_is_measured_again_takes_the_place_of_its_row():
+    old = [{"name": "a", "seconds": 1}, {"name": "b", "seconds": 2}]
+    new = [{"name": "b", "seconds": 3}, {"name": "c", "seconds": 4}]
+    assert replaced(old, new, lambda row: row["name"]) == [old[0], *new]

@@ -238,9 +238,9 @@ def test_a_config_from_a_file_can_start_a_new_adapter(tmp_path, decompositions):
 def test_transforms_are_refused_in_other_bases(tmp_path):
     model, base = moved(CRAFT, save_factors=False)
     model.save_pretrained(tmp_path)
-    with pytest.raises(CraftError, match="base weights are not those it was trained with"):
+    with pytest.raises(CraftError, match="base weights are not those that the adapter was trained with"):
         PeftModel.from_pretrained(bert(seed=1), tmp_path)
-    with pytest.raises(CraftError, match="base weights are not those it was trained with"):
+    with pytest.raises(CraftError, match="base weights are not those that the adapter was trained with"):
         PeftModel.from_pretrained(copy.deepcopy(base).bfloat16(), tmp_path)
 
 

@@ -276,7 +276,7 @@ def test_factors_are_computed_again_from_the_same_quantised_base_alone(backend, 
     model = adapted(CRAFT, backend.bert(), save_factors=False)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(backend.bert(), tmp_path)), logits(model))
-    with pytest.raises(CraftError, match="base weights are not those it was trained with"):
+    with pytest.raises(CraftError, match="base weights are not those that the adapter was trained with"):
         PeftModel.from_pretrained(bert(width=WIDTH), tmp_path)
 
 

@@ -227,7 +227,7 @@ class CraftAdapter(FrozenBasesAdapter):
         if fingerprint is not None and f"{prefix}core" not in state_dict:
             self._check_shapes(state_dict, prefix)
             self.make_ready()
-            self._check_same_bases(fingerprint)
+            self._check_computed_bases(fingerprint)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _meet_fingerprint(self, saved: Tensor) -> None:
@@ -235,25 +235,18 @@ class CraftAdapter(FrozenBasesAdapter):
             super()._meet_fingerprint(saved)
         else:
             self.make_ready()
-            self._check_same_bases(saved)
+            self._check_computed_bases(saved)
 
-    def _check_same_bases(self, saved: Tensor) -> None:
+    def _check_computed_bases(self, saved: Tensor) -> None:
         """Refuse a state whose transforms were trained in other bases than those computed from the present weights."""
-        if what := self._differs_in(saved):
+        try:
+            self.check_same_bases(saved)
+        except CraftError as error:
             raise CraftError(
-                f"The adapter was saved with save_factors=False and its {what} it was trained with, so its transforms "
-                "would mean something else. Load it on the very same base model, in the same dtype, or save it again "
-                "with save_factors=True where it was trained."
-            )
-
-    def _differs_in(self, saved: Tensor) -> str:
-        own = self.fingerprint
-        weights, basis = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks)
-        saved = saved.to(own)
-        if not torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0):
-            return "base weights are not those"
-        same_bases = torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3)
-        return "" if same_bases else "bases computed from the weights are not those"
+                f"{error} It was saved with save_factors=False, so its transforms would mean something else. Load it "
+                "on the very same base model, in the same dtype, or save it again with save_factors=True where it was "
+                "trained."
+            ) from None
 
     # Many adapters on the same bases: what `craft_peft.plugin.bank` and mixed batches ask for.
 
@@ -316,10 +309,14 @@ class CraftAdapter(FrozenBasesAdapter):
 
     def check_same_bases(self, saved: Tensor) -> None:
         """Compare fingerprints: of the weights to 1e-5, of each basis vector to 1e-3."""
-        if saved.shape != self.fingerprint.shape:
-            raise CraftError("Its number of layers or its ranks are not those here.")
-        if what := self._differs_in(saved):
-            raise CraftError(f"Its {what} here.")
+        own = self.fingerprint
+        if saved.shape != own.shape:
+            raise CraftError("The adapter's number of layers or its ranks are not those here.")
+        weights, basis, saved = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks), saved.to(own)
+        if not torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0):
+            raise CraftError("The base weights are not those that the adapter was trained with.")
+        if not torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3):
+            raise CraftError("The bases computed from the weights are not those that the adapter was trained with.")
 
 
 def _continued(start: Tensor, moved: Tensor | None, turned: Tensor) -> tuple[Tensor, Tensor]:
