@@ -1,4 +1,4 @@
-"""Fills the generated regions of README.md and of the pages in docs/ from the result files.
+"""Fills the generated regions of README.md, of the pages in docs/ and of results/README.md from the result files.
 
     python docs/build.py            # writes the pages anew
     python docs/build.py --check    # changes nothing; exit status 1 names the pages that are out of date
@@ -27,8 +27,8 @@ REGION = re.compile(r"(<!-- generated: ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOT
 
 
 def pages(project: Path = PROJECT) -> list[Path]:
-    """README.md and every page in docs/."""
-    return [project / "README.md", *sorted((project / "docs").glob("*.md"))]
+    """README.md, every page in docs/ and the list of result files."""
+    return [project / "README.md", *sorted((project / "docs").glob("*.md")), project / "results" / "README.md"]
 
 
 def load_results(project: Path, pattern: str) -> list[dict[str, Any]]:
