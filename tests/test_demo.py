@@ -38,7 +38,8 @@ def sentences() -> list[Sentence]:
 
 def test_there_are_enough_sentences_and_topics(sentences: list[Sentence]) -> None:
     counts = Counter(sentence.topic for sentence in sentences)
-    assert len(sentences) >= 2000
+    # Also where Python comes without tkinter, as many systems ship it.
+    assert counts.total() - counts["graphical interfaces"] >= 2000
     assert len(counts) >= 6
     assert min(counts.values()) >= MIN_SENTENCES
     assert max(counts.values()) == demo.PER_TOPIC
