@@ -21,9 +21,11 @@ from craft_peft.glue.report.checking import Unusable, parse_result
 from craft_peft.glue.report.grouping import SELECTIONS, make_grid, what_differs
 from craft_peft.glue.report.page import make_report, render_markdown, render_page
 from craft_peft.glue.report.published import read_published
+from craft_peft.glue.report.rates import RateChoice
 from craft_peft.glue.report.reading import read_runs
 from craft_peft.glue.report.significance import holm, paired_test, pairs_needed, smallest_p
 from craft_peft.glue.report.transforms import read_stacks
+from craft_peft.glue.results import EpochRecord, choose_scores
 
 PROJECT = Path(__file__).resolve().parent.parent
 TASKS = ("rte", "stsb")
@@ -168,6 +170,13 @@ class TestReading:
             assert f"Left out: `{tmp_path / name}`" in text
 
 
+def of_rate(fields: dict[str, Any], rate: float, held_out_score: float, about: dict[str, Any]) -> None:
+    fields["config"]["recipe"]["learning_rate"] = rate
+    fields["curve"][-1]["held_out_score"] = held_out_score
+    fields["score"] = vars(choose_scores([EpochRecord(**record) for record in fields["curve"]]))
+    fields.update(seconds=fields["seconds"] + rate, experiment=about)
+
+
 class TestGrouping:
     def test_settings_make_variants_only_where_they_differ_on_a_task(self, tmp_path: Path) -> None:
         write_results(tmp_path, ("craft", "craft free", "craft hooi", "lora 8", "head"), TASKS)
@@ -197,6 +206,32 @@ class TestGrouping:
         assert [variant.label for variant in report.grid.variants] == ["ours", "small"]
         assert report.grid.tasks == ("rte from mnli",) and len(report.grid.runs) == 2
         assert report.notes == ["Not compared: 1 run that chose a learning rate on held-out rows."]
+
+    def test_rates_and_where_they_were_chosen_from(self, tmp_path: Path) -> None:
+        held_out = {  # of RTE and STS-B at each rate; the mean decides
+            "craft": {1e-3: (0.25, 0.50), 3e-3: (0.50, 0.75), 1e-2: (0.75, 0.25)},
+            "lora": {4e-4: (0.25, 0.50), 4e-3: (0.50, 0.75), 1e-3: (0.75, None)},
+        }
+        for name, rate, task in itertools.product(held_out, (4e-4, 1e-3, 3e-3, 4e-3, 1e-2), TASKS):
+            score = held_out[name].get(rate, (None, None))[TASKS.index(task)]
+            chosen = rate in (3e-3, 4e-3)  # these lie there a second time, as runs of the comparison
+            for chooses in (True, False) if chosen else (True,):
+                if score is not None:
+                    about = {"label": f"our {name}", "task": task, "chooses_rate": chooses}
+                    text = edited(lambda f, r=rate, s=score, a=about: of_rate(f, r, s, a), name, task)
+                    (tmp_path / f"{task}-{name}-{rate}-{chooses}.json").write_text(text)
+        report = make_report([tmp_path])
+        assert report.left_out == ()
+        assert report.choices == (
+            RateChoice("our craft", {1e-3: 37.5, 3e-3: 62.5, 1e-2: 50.0}, 3e-3),
+            RateChoice("our lora", {4e-4: 37.5, 4e-3: 62.5}, 4e-3),
+        )
+        assert report.notes == [
+            "Not compared: 7 runs that chose a learning rate on held-out rows.",
+            "The chosen rate is the highest tried, so that a higher one may do better: our lora.",
+        ]
+        assert "| our lora | 0.004 (the highest tried) | 0.0004: 37.5, 0.004: 62.5 |" in render_markdown(report)
+        assert "the highest tried" in render_page(report)
 
     def test_scores_by_seed_and_their_average(self, results: Path) -> None:
         grid, _ = make_grid(read_runs([results]).runs)

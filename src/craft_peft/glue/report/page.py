@@ -14,6 +14,7 @@ from . import pictures, tables, words
 from .grouping import SELECTIONS, Grid, Selection, Variant, make_grid, what_differs
 from .markdown import as_markdown
 from .published import PublishedRow, read_published
+from .rates import RateChoice, read_choices
 from .reading import Found, LeftOut, read_runs
 from .significance import compare
 from .transforms import Insight, read_insights
@@ -34,7 +35,8 @@ class Report:
         left_out: Files that are not used.
         unfinished: Run folders without a result.
         insights: What saved adapters tell.
-        chose_rates: How many runs were there to choose a learning rate by.
+        only_chose: How many runs were there only to choose a learning rate by.
+        choices: The rates that were chosen, and those they were chosen from.
     """
 
     grid: Grid
@@ -45,7 +47,8 @@ class Report:
     left_out: tuple[LeftOut, ...]
     unfinished: tuple[Path, ...]
     insights: tuple[Insight, ...]
-    chose_rates: int = 0
+    only_chose: int = 0
+    choices: tuple[RateChoice, ...] = ()
 
     @property
     def summary(self) -> list[str]:
@@ -59,10 +62,8 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What differs between runs that are compared."""
-        runs = "1 run" if self.chose_rates == 1 else f"{self.chose_rates} runs"
-        aside = f"Not compared: {runs} that chose a learning rate on held-out rows."
-        return what_differs(self.grid) + ([aside] if self.chose_rates else [])
+        """What differs between runs that are compared, and what was left aside."""
+        return what_differs(self.grid) + words.on_rates(self.choices, self.only_chose)
 
     @property
     def overviews(self) -> list[tables.Table]:
@@ -84,6 +85,11 @@ class Report:
     def costs(self) -> tables.Table:
         """What each method trains, keeps and takes."""
         return tables.costs(self.grid)
+
+    @property
+    def rates(self) -> tables.Table | None:
+        """The learning rates, where they were chosen."""
+        return tables.rates(self.choices) if self.choices else None
 
     @property
     def movement(self) -> tables.Table | None:
@@ -125,7 +131,8 @@ def make_report(
         left_out=(*found.left_out, *repeated, *unread),
         unfinished=found.unfinished,
         insights=tuple(insights),
-        chose_rates=sum(bool(run.experiment.get("chooses_rate")) for run in found.runs),
+        only_chose=sum(bool(run.experiment.get("chooses_rate")) for run in found.runs),
+        choices=tuple(read_choices(found.runs, grid.variants)),
     )
 
 

@@ -23,11 +23,13 @@ class Run:
         path: The file.
         result: What it holds.
         fields: All fields of the file, for those that a `Result` need not have.
+        chose_rate: Whether a learning rate was chosen by it, whatever else it is there for.
     """
 
     path: Path
     result: Result
     fields: dict[str, Any]
+    chose_rate: bool = False
 
     @property
     def experiment(self) -> dict[str, Any]:
@@ -135,7 +137,10 @@ def _walk(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
 
 
 def _once(runs: list[Run]) -> tuple[list[Run], list[LeftOut]]:
-    """The runs without repetitions: the same training may lie there as a run folder and as a published file."""
+    """The runs without repetitions: the same training may lie there as a run folder and as published files.
+
+    That a run which chose a rate lies there a second time, as a run of the comparison, needs no mention.
+    """
     same: dict[str, list[Run]] = {}
     for run in runs:
         result = run.result
@@ -145,9 +150,12 @@ def _once(runs: list[Run]) -> tuple[list[Run], list[LeftOut]]:
     for copies in same.values():
         # A run folder has the adapter as well; a published file says what the run was in its experiment.
         first = min(copies, key=lambda run: run.folder is None)
-        told = min(copies, key=lambda run: (not run.experiment, bool(run.experiment.get("chooses_rate"))))
-        kept.append(Run(first.path, first.result, {**first.fields, "experiment": told.experiment}))
-        twice += [LeftOut(run.path, f"the same run as {first.path}") for run in copies if run is not first]
+        choosing = [run for run in copies if run.experiment.get("chooses_rate")]
+        told = min(copies, key=lambda run: (not run.experiment, run in choosing))
+        fields = {**first.fields, "experiment": told.experiment}
+        kept.append(Run(first.path, first.result, fields, chose_rate=bool(choosing)))
+        others = (run for run in copies if run is not first and run not in choosing)
+        twice += [LeftOut(run.path, f"the same run as {first.path}") for run in others]
     return kept, twice
 
 

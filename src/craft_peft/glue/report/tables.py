@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..results import Result
 from .grouping import SELECTIONS, Grid, Selection, Spread, Variant, task_title
 from .published import PublishedRow
+from .rates import RateChoice
 from .reading import Run
 from .transforms import Insight
 from .words import Differences, probability, signed
@@ -221,6 +222,29 @@ def costs(grid: Grid) -> Table:
         "saved weight files, with what a method keeps besides its trained numbers; the whole model where no adapter is "
         "saved. Seconds a step: of all wall time, the evaluations after each epoch included. Setup, where it is known: "
         "the share of a run's time in which nothing is fitted, trained or evaluated.",
+    )
+
+
+def rates(choices: Sequence[RateChoice]) -> Table:
+    """The learning rate of each method, and what the others reached that were tried.
+
+    Args:
+        choices: What `read_choices` returned.
+
+    Returns:
+        The table.
+    """
+    rows = []
+    for choice in choices:
+        tried = ", ".join(f"{rate:g}: {score:.1f}" for rate, score in choice.scores.items())
+        rows.append((Cell(choice.label), Cell(f"{choice.chosen:g}", choice.place, choice.chosen), Cell(tried)))
+    return Table(
+        "rates",
+        "Learning rates",
+        (Column("method", False), Column("chosen"), Column("score by rate", False)),
+        tuple(rows),
+        "Score by rate: on the held-out training rows after the last epoch, times 100, the mean over the tasks that "
+        "the rate was chosen on. The development sets had no part in the choice.",
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .grouping import Grid, Selection, Variant, task_title
+from .rates import RateChoice
 from .significance import LEVEL, Difference, pairs_needed, smallest_p
 
 Differences = dict[tuple[str, str | None], Difference]
@@ -73,6 +74,25 @@ def by_task(grid: Grid, baseline: Variant, selection: Selection, differences: Di
     return [
         TaskWords(task_title(task), tuple(_task(grid, baseline, task, selection, differences))) for task in grid.tasks
     ]
+
+
+def on_rates(choices: Sequence[RateChoice], only_chose: int) -> list[str]:
+    """What to know of the learning rates.
+
+    Args:
+        choices: The rates that were chosen.
+        only_chose: How many runs were there only to choose them.
+
+    Returns:
+        The sentences.
+    """
+    sentences = []
+    if only_chose:
+        sentences.append(f"Not compared: {_count(only_chose, 'run')} that chose a learning rate on held-out rows.")
+    for place, side in (("the highest tried", "higher"), ("the lowest tried", "lower")):
+        if found := [choice.label for choice in choices if choice.place == place]:
+            sentences.append(f"The chosen rate is {place}, so that a {side} one may do better: {', '.join(found)}.")
+    return sentences
 
 
 def _task(grid: Grid, baseline: Variant, task: str, selection: Selection, differences: Differences) -> Iterator[str]:
