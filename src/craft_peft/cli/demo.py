@@ -25,7 +25,7 @@ METHODS = "head,lora,craft"  # the last one classifies
 PAGE = "demo.html"
 
 # The same for all methods; the rest is each method's own recipe.
-PER_TOPIC = 225  # nine topics alone make 2,000 sentences: many systems ship Python without tkinter, some without turtle
+SENTENCES = 2000
 EPOCHS, BATCH_SIZE, MAX_LENGTH = 2, 16, 48
 # The encoder's output is small (standard deviation 0.07): a linear head on it learns nothing in a few hundred steps at
 # the usual 1e-3. Of the rates tried up to 5e-2, this is the first near the end of the gain.
@@ -58,7 +58,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="another base model (default: all-MiniLM-L6-v2)")
     parser.add_argument("--methods", type=words, default=METHODS, metavar="NAME[,NAME]", help="(default: %(default)s)")
     parser.add_argument(
-        "--per-topic", type=int, default=PER_TOPIC, metavar="N", help="sentences (default: %(default)s)"
+        "--per-topic", type=int, metavar="N", help=f"sentences (default: as many as make up {SENTENCES:,})"
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..glue.methods import find_method
     from ..glue.models import load_trained
 
-    if arguments.per_topic < MIN_SENTENCES:
+    if arguments.per_topic is not None and arguments.per_topic < MIN_SENTENCES:
         raise CraftError(f"--per-topic {arguments.per_topic} is too few to learn from. Give {MIN_SENTENCES} or more.")
     for method in arguments.methods:
         find_method(method)
@@ -113,11 +113,11 @@ def find_encoder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def build_data(per_topic: int) -> TextData:
+def build_data(per_topic: int | None) -> TextData:
     """The sentences as data sets `train` and `test`.
 
     Args:
-        per_topic: At most so many of each topic.
+        per_topic: At most so many of each topic; None for as many as make up `SENTENCES`.
 
     Returns:
         What `craft_peft.glue.training.train` takes.
@@ -128,10 +128,10 @@ def build_data(per_topic: int) -> TextData:
     from datasets import ClassLabel, Dataset, Features, Value
 
     from ..glue.data import TextData
-    from ..glue.docstrings import Sentence, collect_sentences, split_sentences
+    from ..glue.docstrings import Sentence, collect_sentences, enough_sentences, split_sentences
     from ..glue.tasks import Task
 
-    sentences = collect_sentences(per_topic=per_topic)
+    sentences = enough_sentences(SENTENCES) if per_topic is None else collect_sentences(per_topic=per_topic)
     labels = tuple(sorted({sentence.topic for sentence in sentences}))
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(labels))})
 

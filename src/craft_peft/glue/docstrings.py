@@ -218,6 +218,32 @@ def collect_sentences(library: Path | None = None, per_topic: int | None = None)
     return chosen
 
 
+def enough_sentences(total: int, library: Path | None = None) -> list[Sentence]:
+    """As many sentences of each topic as make up a total: more where an interpreter lacks a topic (often tkinter's).
+
+    Args:
+        total: How many at least.
+        library: As in `collect_sentences`.
+
+    Returns:
+        Sentences as of `collect_sentences`, a few more than `total`; all that there are where these are fewer.
+
+    Raises:
+        CraftError: If the interpreter comes without the sources of its library.
+
+    Example:
+        >>> 1000 <= len(enough_sentences(1000)) < 1050
+        True
+    """
+    per_topic = math.ceil(total / len(TOPICS))
+    while True:
+        sentences = collect_sentences(library, per_topic)
+        capped = [n for n in Counter(sentence.topic for sentence in sentences).values() if n == per_topic]
+        if len(sentences) >= total or not capped:
+            return sentences
+        per_topic += math.ceil((total - len(sentences)) / len(capped))
+
+
 def split_sentences(sentences: list[Sentence], test_share: float = 0.2) -> tuple[list[Sentence], list[Sentence]]:
     """Train and test sentences: which side one falls on depends on its words alone.
 
