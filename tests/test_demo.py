@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import statistics
 import sysconfig
 from collections import Counter
 from contextlib import redirect_stdout
@@ -45,6 +46,7 @@ def test_there_are_enough_sentences_and_topics(sentences: list[Sentence]) -> Non
     assert 2000 <= len(sentences) < 2050
     assert len(counts) >= 6
     assert min(counts.values()) >= MIN_SENTENCES
+    assert max(counts.values()) == statistics.median(counts.values()), "the topics are cut alike"
 
 
 def test_enough_without_a_topic(monkeypatch: pytest.MonkeyPatch) -> None:

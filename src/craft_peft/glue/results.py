@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,19 @@ def as_lines(fields: dict[str, Any]) -> str:
     """
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
     return "{\n" + lines + "\n}\n"
+
+
+def held_out_score(results: Iterable[dict[str, Any] | None]) -> float:
+    """The mean over tasks of the held-out score after the last epoch; of a diverged run, none is worse.
+
+    Example:
+        >>> held_out_score([{"curve": [{"held_out_score": 0.5}]}, {"curve": [{"held_out_score": 0.7}]}])
+        0.6
+        >>> held_out_score([None])
+        -inf
+    """
+    scores = [float("-inf") if result is None else result["curve"][-1]["held_out_score"] for result in results]
+    return sum(scores) / len(scores)
 
 
 def choose_scores(curve: list[EpochRecord]) -> Scores:

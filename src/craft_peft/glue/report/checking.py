@@ -158,7 +158,7 @@ def _whole_curve(result: Result) -> Iterator[str]:
     epochs = [record.epoch for record in result.curve]
     if epochs != list(range(1, len(epochs) + 1)):
         yield f"the epochs of the curve are {epochs}"
-    planned = _recipe(result).get("epochs")
+    planned = recipe_of(result).get("epochs")
     if planned is not None and planned != len(epochs):
         yield f"the curve has {len(epochs)} epochs, {planned} were to be trained"
     times = [record.seconds for record in result.curve]
@@ -179,14 +179,15 @@ def _steps(result: Result) -> Iterator[str]:
     steps = [step for step, _, _ in result.loss]
     if steps != sorted(set(steps)) or any(step < 1 for step in steps):
         yield "the steps of the loss do not ascend"
-    recipe, rows = _recipe(result), result.data.get("train")
+    recipe, rows = recipe_of(result), result.data.get("train")
     if steps and isinstance(rows, int) and isinstance(recipe.get("batch_size"), int):
         most = math.ceil(rows / recipe["batch_size"]) * len(result.curve)
         if steps[-1] > most:
             yield f"the loss goes to step {steps[-1]}, {rows} rows make at most {most} steps"
 
 
-def _recipe(result: Result) -> dict[str, Any]:
+def recipe_of(result: Result) -> dict[str, Any]:
+    """The recipe in a result's settings; nothing where there is none."""
     recipe = result.config.get("recipe")
     return recipe if isinstance(recipe, dict) else {}
 

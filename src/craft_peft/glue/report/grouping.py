@@ -13,6 +13,7 @@ from ...errors import CraftError, did_you_mean
 from ..methods import METHODS
 from ..results import Result
 from ..tasks import TASKS
+from .checking import recipe_of
 from .reading import LeftOut, Run
 
 # Settings that make no other method: where a run comes from and goes to, and what a budget has become ranks by.
@@ -269,9 +270,8 @@ def _fewest(varying: list[str], by_task: list[list[dict[str, Any]]]) -> list[str
 
 
 def _settings(result: Result) -> dict[str, Any]:
-    recipe = result.config.get("recipe")
     plain = {name: value for name, value in result.config.items() if name not in _NOT_OF_THE_METHOD}
-    return {**plain, **(recipe if isinstance(recipe, dict) else {}), "model": result.model}
+    return {**plain, **recipe_of(result), "model": result.model}
 
 
 def _describe(method: str, name: str, value: Any) -> str:

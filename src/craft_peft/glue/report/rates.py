@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
+from ..results import held_out_score
+from .checking import recipe_of
 from .grouping import Variant
 from .reading import Run
+
+LOWEST, HIGHEST = "the lowest tried", "the highest tried"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class RateChoice:
         """Where the chosen rate lies if it is the last one on a side, beyond which a better one may be, else ""."""
         if len(self.scores) < 2:
             return ""
-        return {min(self.scores): "the lowest tried", max(self.scores): "the highest tried"}.get(self.chosen, "")
+        return {min(self.scores): LOWEST, max(self.scores): HIGHEST}.get(self.chosen, "")
 
 
 def read_choices(runs: Sequence[Run], variants: Sequence[Variant]) -> list[RateChoice]:
@@ -45,16 +48,16 @@ def read_choices(runs: Sequence[Run], variants: Sequence[Variant]) -> list[RateC
     Returns:
         A choice for each of the variants whose rate was chosen.
     """
-    tried: dict[str, dict[float, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    tried: dict[str, dict[float, dict[str, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        rate, score = _rate(run), run.result.curve[-1].held_out_score
-        if run.chose_rate and rate is not None and score is not None:
-            tried[str(run.experiment.get("label"))][rate][run.task] = score
+        rate = _rate(run)
+        if run.chose_rate and rate is not None and run.result.curve[-1].held_out_score is not None:
+            tried[str(run.experiment.get("label"))][rate][run.task] = run.fields
     choices = []
     for variant in variants:
         tasks = {task for by_task in tried[variant.label].values() for task in by_task}
         means = {
-            rate: 100 * float(np.mean(list(by_task.values())))
+            rate: 100 * held_out_score(by_task.values())
             for rate, by_task in sorted(tried[variant.label].items())
             if by_task.keys() == tasks
         }
@@ -66,6 +69,5 @@ def read_choices(runs: Sequence[Run], variants: Sequence[Variant]) -> list[RateC
 
 
 def _rate(run: Run) -> float | None:
-    recipe = run.result.config.get("recipe")
-    rate = recipe.get("learning_rate") if isinstance(recipe, dict) else None
+    rate = recipe_of(run.result).get("learning_rate")
     return float(rate) if isinstance(rate, int | float) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .grouping import Grid, Selection, Variant, task_title
-from .rates import RateChoice
+from .rates import HIGHEST, LOWEST, RateChoice
 from .significance import LEVEL, Difference, pairs_needed, smallest_p
 
 Differences = dict[tuple[str, str | None], Difference]
@@ -89,7 +89,7 @@ def on_rates(choices: Sequence[RateChoice], only_chose: int) -> list[str]:
     sentences = []
     if only_chose:
         sentences.append(f"Not compared: {_count(only_chose, 'run')} that chose a learning rate on held-out rows.")
-    for place, side in (("the highest tried", "higher"), ("the lowest tried", "lower")):
+    for place, side in ((HIGHEST, "higher"), (LOWEST, "lower")):
         if found := [choice.label for choice in choices if choice.place == place]:
             sentences.append(f"The chosen rate is {place}, so that a {side} one may do better: {', '.join(found)}.")
     return sentences

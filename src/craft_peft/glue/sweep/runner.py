@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CraftError
+from ..results import held_out_score
 from .commands import Command, Ended, words_of
 from .estimate import Estimates
 from .executors import JOB, Executor, memory_need
 from .plan import Cell, Plan, Planned
-from .store import DIVERGED, FAILED, LOCK, Record, Store, held_out_score, write_record
+from .store import DIVERGED, FAILED, LOCK, Record, Store, write_record
 
 FINISHED, RUNNING, WAITING, BLOCKED = "finished", "running", "waiting", "blocked"
 STATES = (FINISHED, DIVERGED, FAILED, RUNNING, WAITING, BLOCKED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,16 +207,3 @@ def _published_id(path: Path) -> str | None:
         return json.loads(path.read_text(encoding="utf-8"))["experiment"]["id"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def held_out_score(results: Iterable[dict[str, Any] | None]) -> float:
-    """The mean over tasks of the held-out score after the last epoch; of a diverged run, none is worse.
-
-    Example:
-        >>> held_out_score([{"curve": [{"held_out_score": 0.5}]}, {"curve": [{"held_out_score": 0.7}]}])
-        0.6
-        >>> held_out_score([None])
-        -inf
-    """
-    scores = [float("-inf") if result is None else result["curve"][-1]["held_out_score"] for result in results]
-    return sum(scores) / len(scores)
