@@ -128,10 +128,11 @@ def build_data(per_topic: int | None) -> TextData:
     from datasets import ClassLabel, Dataset, Features, Value
 
     from ..glue.data import TextData
-    from ..glue.docstrings import Sentence, collect_sentences, enough_sentences, split_sentences
+    from ..glue.docstrings import Sentence, collect_sentences, first_of_all, first_of_each_topic, split_sentences
     from ..glue.tasks import Task
 
-    sentences = enough_sentences(SENTENCES) if per_topic is None else collect_sentences(per_topic=per_topic)
+    found = collect_sentences()
+    sentences = first_of_all(found, SENTENCES) if per_topic is None else first_of_each_topic(found, per_topic)
     labels = tuple(sorted({sentence.topic for sentence in sentences}))
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(labels))})
 

@@ -127,7 +127,7 @@ def read_source(path: Path) -> str:
         return ""
 
 
-def distinct(sentences: Iterable[Sentence], per_topic: int | None = None) -> list[Sentence]:
+def distinct(sentences: Iterable[Sentence]) -> list[Sentence]:
     """The sentences without near-duplicates: of two that share 60 % of their words, the first stays.
 
     Two sets with a Jaccard index of at least t share a word among the rarest `|set| - ceil(t * |set|) + 1` of each:
@@ -135,7 +135,6 @@ def distinct(sentences: Iterable[Sentence], per_topic: int | None = None) -> lis
 
     Args:
         sentences: In the order of preference.
-        per_topic: At most so many of each topic; by default all.
 
     Returns:
         The sentences that stay, in their order.
@@ -148,20 +147,16 @@ def distinct(sentences: Iterable[Sentence], per_topic: int | None = None) -> lis
     pairs = [(sentence, frozenset(word.lower() for word in WORD.findall(sentence.text))) for sentence in sentences]
     frequency = Counter(word for _, words in pairs for word in words)
     kept: list[tuple[Sentence, frozenset[str]]] = []
-    counts: Counter[str] = Counter()
     holders: dict[str, list[int]] = defaultdict(list)  # rare word -> numbers of the kept sentences that have it
     for sentence, words in pairs:
         rare = sorted(words, key=lambda word: (frequency[word], word))
         rare = rare[: len(words) - math.ceil(NEAR_DUPLICATE * len(words)) + 1]
         near = {number for word in rare for number in holders[word]}
         others = (kept[number][1] for number in near)
-        if counts[sentence.topic] == per_topic or any(
-            len(words & o) >= NEAR_DUPLICATE * len(words | o) for o in others
-        ):
+        if any(len(words & other) >= NEAR_DUPLICATE * len(words | other) for other in others):
             continue
         for word in rare:
             holders[word].append(len(kept))
-        counts[sentence.topic] += 1
         kept.append((sentence, words))
     return [sentence for sentence, _ in kept]
 
@@ -184,14 +179,13 @@ def read_library(library: Path) -> tuple[Sentence, ...]:
     return tuple(sorted(found, key=order_key))
 
 
-def collect_sentences(library: Path | None = None, per_topic: int | None = None) -> list[Sentence]:
+def collect_sentences(library: Path | None = None) -> list[Sentence]:
     """The sentences of the standard library's docstrings, without near-duplicates, in a fixed shuffled order.
 
     Takes some seconds. The same interpreter version always gives the same sentences.
 
     Args:
         library: Folder of the standard library's sources; by default that of the running interpreter.
-        per_topic: At most so many sentences of each topic; by default all.
 
     Returns:
         The sentences of every topic that has at least `MIN_SENTENCES` of them.
@@ -200,16 +194,16 @@ def collect_sentences(library: Path | None = None, per_topic: int | None = None)
         CraftError: If the interpreter comes without the sources of its library.
 
     Example:
-        >>> sentences = collect_sentences(per_topic=100)
+        >>> sentences = collect_sentences()
         >>> len({sentence.topic for sentence in sentences}) >= 6
         True
         >>> max(len(sentence.text.split()) for sentence in sentences) <= 25
         True
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
-    chosen = distinct(read_library(library), per_topic)
-    counts = Counter(sentence.topic for sentence in chosen)
-    chosen = [sentence for sentence in chosen if counts[sentence.topic] >= MIN_SENTENCES]
+    found = distinct(read_library(library))
+    counts = Counter(sentence.topic for sentence in found)
+    chosen = [sentence for sentence in found if counts[sentence.topic] >= MIN_SENTENCES]
     if not chosen:
         raise CraftError(
             f"No docstrings under {str(library)!r}: this Python has no sources of its standard library. "
@@ -218,30 +212,40 @@ def collect_sentences(library: Path | None = None, per_topic: int | None = None)
     return chosen
 
 
-def enough_sentences(total: int, library: Path | None = None) -> list[Sentence]:
-    """As many sentences of each topic as make up a total: more where an interpreter lacks a topic (often tkinter's).
-
-    Args:
-        total: How many at least.
-        library: As in `collect_sentences`.
-
-    Returns:
-        Sentences as of `collect_sentences`, a few more than `total`; all that there are where these are fewer.
-
-    Raises:
-        CraftError: If the interpreter comes without the sources of its library.
+def first_of_each_topic(sentences: Iterable[Sentence], number: int) -> list[Sentence]:
+    """The first sentences of each topic, at most so many.
 
     Example:
-        >>> 1000 <= len(enough_sentences(1000)) < 1050
+        >>> sentences = [Sentence("One.", "a", ""), Sentence("Two.", "a", ""), Sentence("Three.", "b", "")]
+        >>> [sentence.text for sentence in first_of_each_topic(sentences, 1)]
+        ['One.', 'Three.']
+    """
+    taken: Counter[str] = Counter()
+    first = []
+    for sentence in sentences:
+        if taken[sentence.topic] < number:
+            taken[sentence.topic] += 1
+            first.append(sentence)
+    return first
+
+
+def first_of_all(sentences: list[Sentence], total: int) -> list[Sentence]:
+    """The first sentences of each topic, of each as many as it takes to make up a total.
+
+    More of each where an interpreter lacks a topic (often tkinter's) or has little of one.
+
+    Returns:
+        A few more than `total`; all sentences where these are fewer.
+
+    Example:
+        >>> 1000 <= len(first_of_all(collect_sentences(), 1000)) < 1050
         True
     """
-    per_topic = math.ceil(total / len(TOPICS))
-    while True:
-        sentences = collect_sentences(library, per_topic)
-        capped = [n for n in Counter(sentence.topic for sentence in sentences).values() if n == per_topic]
-        if len(sentences) >= total or not capped:
-            return sentences
-        per_topic += math.ceil((total - len(sentences)) / len(capped))
+    sizes = Counter(sentence.topic for sentence in sentences).values()
+    number = 0
+    while sum(min(size, number) for size in sizes) < min(total, len(sentences)):
+        number += 1
+    return first_of_each_topic(sentences, number)
 
 
 def split_sentences(sentences: list[Sentence], test_share: float = 0.2) -> tuple[list[Sentence], list[Sentence]]:
@@ -260,7 +264,7 @@ def split_sentences(sentences: list[Sentence], test_share: float = 0.2) -> tuple
         >>> len(train), len(test)
         (7, 3)
     """
-    # The last digits: the first ones are the order that `per_topic` cuts by.
+    # The last digits: the first ones are the order that `first_of_each_topic` cuts by.
     in_test = [int(order_key(sentence)[-8:], 16) < test_share * 16**8 for sentence in sentences]
     train = [sentence for sentence, test in zip(sentences, in_test, strict=True) if not test]
     test = [sentence for sentence, test in zip(sentences, in_test, strict=True) if test]
