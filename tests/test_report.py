@@ -16,15 +16,16 @@ import pytest
 from fake_results import fake_result, write_results, write_run
 
 from craft_peft.cli.main import main
+from craft_peft.glue.figures import as_field, from_field, read_stacks
 from craft_peft.glue.report import words
 from craft_peft.glue.report.checking import Unusable, parse_result
 from craft_peft.glue.report.grouping import SELECTIONS, make_grid, what_differs
 from craft_peft.glue.report.page import make_report, render_markdown, render_page
+from craft_peft.glue.report.pictures import draw_curves, draw_pareto
 from craft_peft.glue.report.published import read_published
 from craft_peft.glue.report.rates import RateChoice
 from craft_peft.glue.report.reading import read_runs
 from craft_peft.glue.report.significance import holm, paired_test, pairs_needed, smallest_p
-from craft_peft.glue.report.transforms import read_stacks
 from craft_peft.glue.results import EpochRecord, choose_scores
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -148,8 +149,9 @@ class TestReading:
         for name, chooses in (("a", True), ("b", False)):
             about = {"label": f"ours {name}", "chooses_rate": chooses}
             (tmp_path / f"{name}.json").write_text(edited(lambda fields, a=about: fields.update(experiment=a)))
-        (run,) = read_runs([tmp_path]).runs
-        assert run.folder == tmp_path / "run" and run.experiment["label"] == "ours b"
+        found = read_runs([tmp_path])
+        (run,) = found.runs
+        assert run.folder == tmp_path / "run" and run.experiment["label"] == "ours b" and not found.left_out
 
     def test_two_outcomes_of_one_seed(self, tmp_path: Path) -> None:
         write_results(tmp_path / "a", ("lora",), ("rte",), (0,))
@@ -352,7 +354,7 @@ class TestShowing:
         )
 
     def test_transforms_of_an_adapter(self, tmp_path: Path) -> None:
-        stacks = read_stacks(write_run(tmp_path / "run") / "adapter_model.safetensors")
+        stacks = read_stacks(write_run(tmp_path / "run"))
         assert [stack.name for stack in stacks] == ["query", "value"]
         assert stacks[0].energy == pytest.approx(0.25)
         matrix = stacks[0].matrices["out"]
@@ -363,7 +365,45 @@ class TestShowing:
     def test_figures_of_an_adapter_in_a_published_file(self, tmp_path: Path) -> None:
         kept = {"query": {"energy": 0.5, "moved": {"out": 0.125}}}
         (tmp_path / "a.json").write_text(edited(lambda fields: fields.update(adapter_figures=kept)))
-        assert "| craft | RTE | 0 | query | 50.0 | – | 0.125 | – |" in render_markdown(make_report([tmp_path]))
+        assert "| craft | RTE | query | 1 | 50.0 | – | 0.125 | – |" in render_markdown(make_report([tmp_path]))
+
+    def test_what_a_sweep_writes_of_an_adapter_is_read_again(self, tmp_path: Path) -> None:
+        stacks = read_stacks(write_run(tmp_path / "run"))
+        (tmp_path / "a.json").write_text(edited(lambda fields: fields.update(as_field(stacks))))
+        assert from_field(json.loads((tmp_path / "a.json").read_text())) == stacks
+        assert as_field(read_stacks(tmp_path)) == {}
+
+    @pytest.mark.parametrize("wrong", [["query"], {"query": 1}, {"query": {"energy": "much"}}, {"query": {"moved": 2}}])
+    def test_figures_of_another_form_are_named(self, tmp_path: Path, wrong: Any) -> None:
+        (tmp_path / "a.json").write_text(edited(lambda fields: fields.update(adapter_figures=wrong)))
+        report = make_report([tmp_path])
+        assert "its field `adapter_figures` is not what a sweep writes" in report.left_out[0].reason
+        assert len(report.grid.runs) == 1 and report.movement is None
+
+    def test_movement_is_by_method_task_and_stack(self, tmp_path: Path) -> None:
+        for seed in (0, 1):
+            write_run(tmp_path / str(seed), seed=seed)
+        moved = [[stack.moved["in"] for stack in read_stacks(tmp_path / str(seed))] for seed in (0, 1)]
+        table = make_report([tmp_path]).movement
+        assert table is not None and [row[2].text for row in table.rows] == ["query", "value"]
+        for number, row in enumerate(table.rows):
+            assert row[3].value == 2 and row[7].value == pytest.approx((moved[0][number] + moved[1][number]) / 2)
+            assert row[4].detail == "" and "–" in row[7].detail
+
+    def test_one_epoch_is_no_curve(self, tmp_path: Path) -> None:
+        write_results(tmp_path, ("craft",), ("rte",), (0,), epochs=1)
+        assert "Learning curves" not in render_page(make_report([tmp_path]))
+        write_results(tmp_path, ("craft",), ("stsb",), (0,), epochs=2)
+        page = render_page(make_report([tmp_path]))
+        assert "Learning curves" in page and draw_curves(make_report([tmp_path]).grid).count(">epoch<") == 1
+
+    def test_no_adapter_stands_at_zero(self, tmp_path: Path) -> None:
+        write_results(tmp_path, ("craft", "lora"), ("rte",), (0,))
+        report = make_report([tmp_path])
+        assert ">0<" not in draw_pareto(report.grid, report.selection)
+        write_results(tmp_path, ("head",), ("rte",), (0,))
+        report = make_report([tmp_path])
+        assert ">0<" in draw_pareto(report.grid, report.selection)
 
     def test_a_broken_adapter_is_named(self, tmp_path: Path) -> None:
         (write_run(tmp_path / "run") / "adapter_model.safetensors").write_bytes(b"cut")

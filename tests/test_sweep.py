@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from craft_peft import CraftError
 from craft_peft.cli.main import main
+from craft_peft.glue.figures import FIELD, from_field, read_stacks
 from craft_peft.glue.settings import identity
 from craft_peft.glue.sweep import runner
 from craft_peft.glue.sweep.plan import Cell
@@ -93,6 +94,28 @@ class TestResults:
         assert about["id"] == identity({**settings, "model": str((sweep_folder / "encoder").resolve())})
         assert result["data"]["train"] == 26 and result["config"]["rows"] == 32
         assert str(sweep_folder) not in json.dumps({**result, "model": "", "config": {**result["config"], "model": ""}})
+
+    def test_published_has_the_figures_of_its_adapter(self, swept: tuple[Path, InProcess, Told]) -> None:
+        sweep_folder, _, _ = swept
+        by_method = {
+            name: sweep_folder / "results" / f"cola-{name}-seed1.json" for name in ("craft", "lora-r2", "head")
+        }
+        results = {name: json.loads(path.read_text()) for name, path in by_method.items()}
+        (folder,) = (sweep_folder / "runs").glob("cola-craft-*-seed1-*/")
+        assert from_field(results["craft"]) == read_stacks(folder) != ()
+        assert FIELD not in results["lora-r2"] and FIELD not in results["head"]
+
+    def test_a_damaged_adapter_is_a_failure_of_its_run_alone(self, finished: Path) -> None:
+        (folder,) = (finished / "runs").glob("cola-craft-*-seed1-*/")
+        (folder / "adapter_model.safetensors").write_bytes(b"cut")
+        lost = [finished / "results" / f"cola-{name}-seed1.json" for name in ("craft", "head")]
+        for path in lost:
+            path.unlink()
+        sweep = make_sweep(finished / "tiny.toml")
+        assert not sweep.run(InProcess(), Listener())
+        assert [path.exists() for path in lost] == [False, True]
+        (broken,) = sweep.broken.values()
+        assert "no adapter that can be read" in broken.reason
 
     def test_nothing_is_run_or_written_twice(self, finished: Path) -> None:
         files = list(finished.rglob("*.json"))

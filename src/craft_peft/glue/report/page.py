@@ -149,7 +149,7 @@ def render_page(report: Report) -> str:
     drawn = [
         ("Score against parameters", PARETO_NOTE, [("", pictures.draw_pareto(grid, selection))]),
         ("Every seed", SPREAD_NOTE, [("", pictures.draw_spread(grid, selection))]),
-        ("Learning curves", CURVES_NOTE, [("", pictures.draw_curves(grid))]),
+        *([("Learning curves", CURVES_NOTE, [("", curves)])] if (curves := pictures.draw_curves(grid)) else []),
     ]
     inside = [("", energy)] if (energy := pictures.draw_energy(report.insights)) else []
     return (
@@ -174,7 +174,10 @@ PARETO_NOTE = (
 SPREAD_NOTE = (
     "A dot is a seed; the line is the median, the thick bar holds the middle half. The axes do not start at zero."
 )
-CURVES_NOTE = "Score on the development set after each epoch: median over seeds, shaded from lowest to highest."
+CURVES_NOTE = (
+    "Score on the development set after each epoch, for tasks with more than one: median over seeds, shaded from "
+    "lowest to highest."
+)
 
 
 def render_markdown(report: Report, title: str = "# Results") -> str:

@@ -11,10 +11,11 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
+from ..figures import MODES
 from .grouping import Grid, Selection, Spread, task_title
-from .transforms import MODES, Insight
+from .transforms import Insight
 
 # Of middle lightness: readable on white and on near black. With the markers, no two of 84 methods look the same.
 COLOURS = (
@@ -80,15 +81,22 @@ def draw_pareto(grid: Grid, selection: Selection) -> str:
             axis.errorbar(x, spread.median, [[below], [above]], **style[variant.label], ms=6, lw=1.2, capsize=2)
         front = pareto_front(points)
         axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color=_INK, lw=1, ls=":", zorder=1)
-        axis.set_xscale("log")
-        axis.margins(x=0.12)
-        axis.minorticks_off()
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+        _count_axis(axis, fewest / 4)
         axis.set(title=_title(task), xlabel="adapter parameters")
     _legend(figure, grid, style)
-    without = any(not variant.adapter for variant in grid.variants)
-    note = f" Methods without an adapter stand at {_short(fewest / 4)}." if without else ""
-    return as_svg(figure, "pareto", f"Median score against adapter parameters, with lowest and highest.{note}")
+    return as_svg(figure, "pareto", "Median score against adapter parameters, with lowest and highest.")
+
+
+def _count_axis(axis: Axes, zero: float) -> None:
+    """Makes the horizontal axis one of counts, as a logarithm, with a place of its own for 0."""
+    axis.set_xscale("log")
+    axis.margins(x=0.12)
+    axis.minorticks_off()
+    least, most = axis.get_xlim()
+    subdivisions = (1, 2, 5) if most < 50 * least else (1,)
+    counts = [x for x in LogLocator(subs=subdivisions).tick_values(least, most) if max(least, 2 * zero) < x < most]
+    has_zero = least <= zero
+    axis.set_xticks([zero, *counts] if has_zero else counts, [*(["0"] if has_zero else []), *map(_short, counts)])
 
 
 def pareto_front(points: Sequence[tuple[float | int, float]]) -> list[tuple[float | int, float]]:
@@ -134,10 +142,16 @@ def draw_spread(grid: Grid, selection: Selection) -> str:
 
 
 def draw_curves(grid: Grid) -> str:
-    """The development score after each epoch: median over seeds, and from the lowest to the highest."""
-    figure, panels = _panels(len(grid.tasks), legend=len(grid.variants))
+    """The development score after each epoch: median over seeds, and from the lowest to the highest.
+
+    Of the tasks with more than one epoch; nothing where there is none.
+    """
+    tasks = [task for task in grid.tasks if any(len(run.result.curve) > 1 for run in grid.runs if run.task == task)]
+    if not tasks:
+        return ""
+    figure, panels = _panels(len(tasks), legend=len(grid.variants))
     style = looks(grid)
-    for task, axis in zip(grid.tasks, panels, strict=True):
+    for task, axis in zip(tasks, panels, strict=True):
         for variant in grid.variants:
             curves = [run.result.curve for (name, _), run in variant.runs.items() if name == task]
             length = min(map(len, curves), default=0)

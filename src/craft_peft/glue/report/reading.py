@@ -139,7 +139,7 @@ def _walk(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
 def _once(runs: list[Run]) -> tuple[list[Run], list[LeftOut]]:
     """The runs without repetitions: the same training may lie there as a run folder and as published files.
 
-    That a run which chose a rate lies there a second time, as a run of the comparison, needs no mention.
+    A copy of which something is used needs no mention: what the run was in its experiment, or that it chose a rate.
     """
     same: dict[str, list[Run]] = {}
     for run in runs:
@@ -154,7 +154,8 @@ def _once(runs: list[Run]) -> tuple[list[Run], list[LeftOut]]:
         told = min(copies, key=lambda run: (not run.experiment, run in choosing))
         fields = {**first.fields, "experiment": told.experiment}
         kept.append(Run(first.path, first.result, fields, chose_rate=bool(choosing)))
-        others = (run for run in copies if run is not first and run not in choosing)
+        used = [first, *choosing, *([told] if told.experiment else [])]
+        others = (run for run in copies if not any(run is each for each in used))
         twice += [LeftOut(run.path, f"the same run as {first.path}") for run in others]
     return kept, twice
 

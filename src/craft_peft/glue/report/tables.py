@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ..figures import MODES, Stack
 from ..results import Result
 from .grouping import SELECTIONS, Grid, Selection, Spread, Variant, task_title
 from .published import PublishedRow
@@ -257,35 +258,44 @@ def movement(insights: Sequence[Insight]) -> Table:
     Returns:
         The table.
     """
+    grouped: dict[tuple[str, str, str], list[Stack]] = {}
+    for insight in insights:
+        for stack in insight.stacks:
+            grouped.setdefault((insight.label, insight.task, stack.name), []).append(stack)
     rows = [
         (
-            Cell(insight.label),
-            Cell(task_title(insight.task)),
-            Cell(str(insight.seed), value=insight.seed),
-            Cell(stack.name),
-            Cell(f"{100 * stack.energy:.1f}", value=stack.energy) if stack.energy is not None else UNKNOWN,
-            *(
-                Cell(f"{stack.moved[mode]:.3f}", value=stack.moved[mode]) if mode in stack.moved else UNKNOWN
-                for mode in ("layer", "out", "in")
-            ),
+            Cell(label),
+            Cell(task_title(task)),
+            Cell(name),
+            Cell(str(len(stacks)), value=len(stacks)),
+            _middle([100 * stack.energy for stack in stacks if stack.energy is not None], 1),
+            *(_middle([stack.moved[mode] for stack in stacks if mode in stack.moved], 3) for mode in MODES),
         )
-        for insight in insights
-        for stack in insight.stacks
+        for (label, task, name), stacks in grouped.items()
     ]
-    titles = [Column("method", False), Column("task", False), Column("seed"), Column("stack", False)]
-    titles += [Column("energy held, %"), *(Column(f"moved, {mode}") for mode in ("layer", "out", "in"))]
+    titles = [Column("method", False), Column("task", False), Column("stack", False), Column("runs")]
+    titles += [Column("energy held, %"), *(Column(f"moved, {mode}") for mode in MODES)]
     return Table(
         "movement",
         "How far the transforms moved",
         tuple(titles),
         tuple(rows),
         "Energy held: the share of the pretrained weights' squared norm that the frozen core holds. Moved: the "
-        "Frobenius norm of J − I relative to that of I, for the transform of each mode. In the heat maps blue is below "
-        "zero, red above; the colours end at the number above each.",
+        "Frobenius norm of J − I relative to that of I, for the transform of each mode; median over seeds, with lowest "
+        "and highest. In the heat maps, which need the adapters themselves, blue is below zero, red above; the colours "
+        "end at the number above each.",
     )
 
 
 UNKNOWN = Cell(MISSING, mark="missing")
+
+
+def _middle(values: list[float], places: int) -> Cell:
+    if not values:
+        return UNKNOWN
+    spread = Spread(tuple(values))
+    low, middle, high = (f"{value:.{places}f}" for value in (spread.low, spread.median, spread.high))
+    return Cell(middle, f"{low}–{high}" if low != high else "", spread.median)
 
 
 def _not_chosen() -> Cell:

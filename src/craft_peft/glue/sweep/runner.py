@@ -221,7 +221,7 @@ class Sweep:
                     self.store.publish(planned, self.plan.experiment)
                 elif record is not None and record.kind == DIVERGED:
                     self.store.publish(planned, self.plan.experiment, record)
-            except OSError as error:
+            except (CraftError, OSError) as error:
                 self.broken[planned.id] = Record(FAILED, f"its result could not be published: {error}")
 
 

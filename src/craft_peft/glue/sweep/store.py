@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from ...errors import CraftError
 from ...plugin.folders import write_whole
+from ..figures import as_field, read_stacks
 from ..models import resolve_model_name
 from ..results import as_lines
 from ..runs import RESULT, RunFolder
@@ -22,7 +23,7 @@ from .plan import Planned
 
 FAILED, DIVERGED = "failed", "diverged"
 LOCK = ".lock"
-COUNTS = "counts.json"
+COUNTS = ".counts.json"
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,16 @@ class Store:
 
         Returns:
             Whether anything was written.
+
+        Raises:
+            CraftError: The adapter cannot be read.
         """
         path = self.published / planned.file
         if _published_id(path) == planned.id:
             return False
         names = {resolve_model_name(experiment.model): experiment.model}
         if record is None:
-            result = self.result(planned.id)
+            result = {**self.result(planned.id), **as_field(read_stacks(self.finished[planned.id]))}
         else:
             result = {"task": planned.config.task, "method": planned.config.method, "model": experiment.model}
             result |= {"seed": planned.config.seed, "config": planned.settings, "diverged": record.reason}
