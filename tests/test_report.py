@@ -384,9 +384,13 @@ class TestShowing:
         for seed in (0, 1):
             write_run(tmp_path / str(seed), seed=seed)
         moved = [[stack.moved["in"] for stack in read_stacks(tmp_path / str(seed))] for seed in (0, 1)]
+        write_run(tmp_path / "stsb", task="stsb")
         table = make_report([tmp_path]).movement
-        assert table is not None and [row[2].text for row in table.rows] == ["query", "value"]
-        for number, row in enumerate(table.rows):
+        assert table is not None
+        assert [(row[1].text, row[2].text) for row in table.rows] == [
+            (task, stack) for task in ("STS-B", "RTE") for stack in ("query", "value")
+        ]
+        for number, row in enumerate(table.rows[2:]):
             assert row[3].value == 2 and row[7].value == pytest.approx((moved[0][number] + moved[1][number]) / 2)
             assert row[4].detail == "" and "–" in row[7].detail
 

@@ -38,8 +38,10 @@ def read_insights(grid: Grid) -> tuple[list[Insight], list[LeftOut]]:
     """
     insights: list[Insight] = []
     left_out: list[LeftOut] = []
+    place = {task: number for number, task in enumerate(grid.tasks)}
     for variant in grid.variants:
-        for (task, seed), run in sorted(variant.runs.items()):
+        for task, seed in sorted(variant.runs, key=lambda key: (place[key[0]], key[1])):
+            run = variant.runs[task, seed]
             try:
                 stacks = (read_stacks(run.folder) if run.folder else ()) or from_field(run.fields)
             except CraftError as error:
