@@ -332,6 +332,13 @@ class TestWords:
         said = words.by_task(*_all(make_report([tmp_path], selection="held_out")))
         assert said[0].sentences == ("No run has a score of the held-out choice.",)
 
+    def test_no_difference_at_all(self, tmp_path: Path) -> None:
+        craft = fake_result("craft", "rte", 0)
+        craft.write(tmp_path / "a.json")
+        dataclasses.replace(craft, method="lora", config={**craft.config, "method": "lora"}).write(tmp_path / "b.json")
+        ((said,),) = [task.sentences[1:] for task in words.by_task(*_all(make_report([tmp_path])))]
+        assert "lora ±0.0" in said
+
     def test_a_name_cannot_break_the_page(self, tmp_path: Path) -> None:
         odd = dataclasses.replace(fake_result("head", "rte", 0), model="<script>alert(1)</script> & co")
         odd.write(tmp_path / "odd.json")

@@ -107,7 +107,7 @@ def _task(grid: Grid, baseline: Variant, task: str, selection: Selection, differ
         return
     told = [d for (_, name), d in differences.items() if name == task and d.mean is not None]
     if told:
-        parts = [f"{d.variant.label} {signed(d.mean or 0)}" for d in sorted(told, key=lambda d: -(d.mean or 0))]
+        parts = [f"{d.variant.label} {signed(d.mean or 0.0)}" for d in sorted(told, key=lambda d: -(d.mean or 0.0))]
         yield f"Against {baseline.label}, in points on the same seeds: {', '.join(parts)}. {_worth(told)}"
     lacking = [d.variant for (_, name), d in differences.items() if name == task and d.mean is None]
     missing = [variant.label for variant in lacking if variant.scores(task, selection)]
@@ -179,7 +179,7 @@ def _together(baseline: Variant, differences: Differences) -> Iterator[str]:
     tested = [d for (_, task), d in differences.items() if task is None and d.is_tested]
     found = sorted((d for d in tested if d.is_significant), key=lambda d: -(d.mean or 0))
     if found:
-        listed = ", ".join(f"{d.variant.label} {signed(d.mean or 0)} (p {probability(d.corrected)})" for d in found)
+        listed = ", ".join(f"{d.variant.label} {signed(d.mean or 0.0)} (p {probability(d.corrected)})" for d in found)
         yield f"{together}, these differ significantly from {baseline.label}: {listed}."
     elif tested:
         yield f"{together}, no method differs significantly from {baseline.label}."
