@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..adapters.craft import TRANSFORMS
 from ..errors import CraftError
 from ..weights import FINGERPRINT_NUMBERS
 
-WEIGHTS = "adapter_model.safetensors"
 FIELD = "adapter_figures"
 MODES = ("layer", "out", "in")
 
@@ -54,7 +54,7 @@ def read_stacks(folder: Path) -> tuple[Stack, ...]:
     Raises:
         CraftError: The file is damaged or cannot be read.
     """
-    path = folder / WEIGHTS
+    path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         return ()
     tensors: dict[str, dict[str, torch.Tensor]] = {}
