@@ -95,8 +95,9 @@ def _count_axis(axis: Axes, zero: float) -> None:
     least, most = axis.get_xlim()
     subdivisions = (1, 2, 5) if most < 50 * least else (1,)
     counts = [x for x in LogLocator(subs=subdivisions).tick_values(least, most) if max(least, 2 * zero) < x < most]
-    has_zero = least <= zero
-    axis.set_xticks([zero, *counts] if has_zero else counts, [*(["0"] if has_zero else []), *map(_short, counts)])
+    labels = {zero: "0"} if least <= zero else {}
+    labels |= {x: _short(x) for x in counts}
+    axis.set_xticks(list(labels), list(labels.values()))
 
 
 def pareto_front(points: Sequence[tuple[float | int, float]]) -> list[tuple[float | int, float]]:
