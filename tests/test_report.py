@@ -209,6 +209,15 @@ class TestGrouping:
         assert report.grid.tasks == ("rte from mnli",) and len(report.grid.runs) == 2
         assert report.notes == ["Not compared: 1 run that chose a learning rate on held-out rows."]
 
+    def test_rows_stand_by_name_in_whatever_order_files_are_found(self, tmp_path: Path) -> None:
+        names = ("lora r=8", "lora r=16", "lora")
+        for number, label in enumerate(names):
+            about = {"experiment": {"label": label, "task": "rte", "chooses_rate": False}, "seconds": 900.0 + number}
+            (tmp_path / f"{label}.json").write_text(edited(lambda f, a=about: f.update(a), "lora"))
+        runs = read_runs([tmp_path]).runs
+        for some in itertools.permutations(runs):
+            assert [variant.label for variant in make_grid(some)[0].variants] == ["lora", "lora r=8", "lora r=16"]
+
     def test_rates_and_where_they_were_chosen_from(self, tmp_path: Path) -> None:
         held_out = {  # of RTE and STS-B at each rate; the mean decides
             "craft": {1e-3: (0.25, 0.50), 3e-3: (0.50, 0.75), 1e-2: (0.75, 0.25)},

@@ -232,6 +232,8 @@ def _split(method: str, runs: list[Run]) -> dict[str, list[Run]]:
     for run in runs:
         named.setdefault(str(run.experiment.get("label", "")), []).append(run)
     unnamed = named.pop("", [])
+    # By name, not as the files are found: a new result must not move a row of the tables.
+    named = {label: named[label] for label in sorted(named, key=_plain_first)}
     for label, members in (_tell_apart(method, unnamed) if unnamed else {}).items():
         named.setdefault(label, []).extend(members)
     return named
@@ -288,8 +290,12 @@ def _describe(method: str, name: str, value: Any) -> str:
 
 
 def _order(telling: list[str], values: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(_plain_first(_key(values.get(name))) for name in telling)
+
+
+def _plain_first(name: str) -> tuple[int, str]:
     # The plain setting first, then numbers as numbers: r 2 before r 10.
-    return tuple((len(_key(values.get(name))), _key(values.get(name))) for name in telling)
+    return len(name), name
 
 
 def _options(variant: Variant) -> dict[str, Any]:
