@@ -16,9 +16,9 @@ import pytest
 from fake_results import fake_result, write_results, write_run
 
 from craft_peft.cli.main import main
+from craft_peft.glue.checking import Unusable, parse_result
 from craft_peft.glue.figures import as_field, from_field, read_stacks
 from craft_peft.glue.report import words
-from craft_peft.glue.report.checking import Unusable, parse_result
 from craft_peft.glue.report.grouping import SELECTIONS, make_grid, what_differs
 from craft_peft.glue.report.page import make_report, render_markdown, render_page
 from craft_peft.glue.report.pictures import draw_curves, draw_pareto

@@ -142,6 +142,69 @@ class TestResults:
         assert make_sweep(finished / "tiny.toml").run(executor, Listener()) and len(executor.ran) == 1
 
 
+class TestPublishedResults:
+    """What is left when the machine with the folder of runs is gone."""
+
+    def test_they_are_not_run_again(self, finished: Path, tmp_path: Path) -> None:
+        (finished / "results" / "cola-head-seed0.json").unlink()
+        executor = InProcess()
+        sweep = make_sweep(finished / "tiny.toml", tmp_path / "new", adopted=finished / "results")
+        assert sweep.factors and sweep.run(executor, Listener())
+        assert [name.rpartition("-")[0] for name in executor.ran] == ["cola-head-seed0"]
+        old, new = finished / "results", tmp_path / "new" / "results"
+        before = {path.relative_to(old): path.read_bytes() for path in old.rglob("*.json")}
+        after = {path.relative_to(new): path.read_bytes() for path in new.rglob("*.json")}
+        assert after.keys() - before.keys() == {Path("cola-head-seed0.json")}
+        assert before.items() <= after.items()
+
+    def test_what_others_start_from_is_run_again_for_them_alone(self, tmp_path: Path) -> None:
+        path = write_sweep(
+            tmp_path, TOML + '[tasks.later]\ntask = "cola"\nrows = 32\nepochs = 1\nstart_from = "sst2"\n'
+        )
+        only = ("later-lora-r2-*",)
+        assert make_sweep(path, only=only).run(InProcess(), Listener())
+        executor = InProcess()
+        results = tmp_path / "results"
+        assert make_sweep(path, tmp_path / "whole", results, only=only).run(executor, Listener()) and not executor.ran
+        (results / "later-lora-r2-seed1.json").unlink()
+        assert make_sweep(path, tmp_path / "part", results, only=only).run(executor, Listener())
+        assert ["-".join(name.split("-")[:-1]) for name in executor.ran] == [
+            "sst2-lora-r2-1.00e-02-seed1", "later-lora-r2-1.00e-02-seed1",
+        ]  # fmt: skip
+
+    def test_a_diverged_run_stays_one(self, tmp_path: Path) -> None:
+        path = write_sweep(tmp_path, TOML.replace("learning_rate = 0.01", "learning_rate = 1e30\nclip = 1e30"))
+        assert make_sweep(path, only=("sst2-lora-*",)).run(InProcess(), Listener())
+        executor = InProcess()
+        again = make_sweep(path, tmp_path / "new", tmp_path / "results", only=("sst2-lora-*",))
+        assert again.run(executor, Listener()) and not executor.ran
+        name = "results/sst2-lora-r2-seed0.json"
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+    @pytest.mark.parametrize(
+        ("old", "new", "reason"),
+        [
+            ('"epochs": 1', '"epochs": 2', "contradicts itself"),
+            ('"clip": 1.0', '"clip": 2.0', "its settings are not those that it was published with"),
+            ('{"matthews"', '"matthews"', "cannot be read"),
+            ('"craft-peft result 1"', '"craft-peft result 9"', "written by another version"),
+        ],
+    )
+    def test_one_that_was_changed_is_named_and_run_again(
+        self, finished: Path, tmp_path: Path, old: str, new: str, reason: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = finished / "results" / "cola-lora-r2-seed1.json"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        words = ["--runs", tmp_path / "new", "--to", tmp_path / "to", "--data", finished / "glue", "--dry-run"]
+        words += ["--adopt", finished / "results"]
+        assert main(["sweep", *map(str, (finished / "tiny.toml", *words))]) == 0
+        shown = capsys.readouterr()
+        assert f"left out: {path}: " in shown.err and reason in shown.err
+        assert "1 runs to come" in shown.out
+
+
 class TestPlanning:
     def test_a_plan_of_finished_runs_builds_and_reads_little(
         self, finished: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,7 +301,7 @@ class TestFailures:
     def test_a_run_cut_short_by_hand_is_named(self, finished: Path) -> None:
         sweep = make_sweep(finished / "tiny.toml")
         planned = sweep.plan.decide(Cell("cola", "head", 0, 1.0), {})
-        path = sweep.store.finished[planned.id] / "result.json"
+        path = sweep.store.finished[planned.id]
         path.write_text(path.read_text()[:50])
         again = make_sweep(finished / "tiny.toml")
         assert again.state(Cell("cola", "head", 0, 1.0)) == runner.FAILED

@@ -72,11 +72,13 @@ def write_sweep(folder: Path, toml: str = TOML) -> Path:
     return path
 
 
-def make_sweep(path: Path, folder: Path | None = None, **options: object) -> Sweep:
+def make_sweep(path: Path, folder: Path | None = None, adopted: Path | None = None, **options: object) -> Sweep:
     """The sweep of an experiment file beside whose data it stands; runs and results go beside it, too."""
     folder = folder or path.parent
     store = Store(folder / "runs", folder / "results")
     experiment = read_experiment(path)
+    if adopted is not None:
+        assert store.adopt(adopted, experiment.model) == []
     plan = Plan(experiment, Counts(experiment.model, store.runs / COUNTS), str(path.parent / "glue"))
     return Sweep(plan, store, **options)
 

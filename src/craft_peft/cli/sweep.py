@@ -47,7 +47,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--data", metavar="DIR", help="folder of the GLUE files (default: $CRAFT_GLUE_DIR, else read from the Hub)"
     )
     folders.add_argument(
-        "--adopt", action="append", default=[], metavar="DIR", help="take finished runs of the same settings from here"
+        "--adopt",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="take finished runs of the same settings from here: a folder of runs, or of published results",
     )
     which = parser.add_argument_group("which runs")
     which.add_argument(
@@ -108,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _make_sweep(arguments: argparse.Namespace) -> Sweep:
     from ..errors import CraftError
     from ..glue.loggers import check_loggers
+    from ..glue.models import resolve_model_name
     from ..glue.sweep.counts import Counts
     from ..glue.sweep.experiment import read_experiment
     from ..glue.sweep.plan import Plan
@@ -123,7 +128,10 @@ def _make_sweep(arguments: argparse.Namespace) -> Sweep:
     if missing:
         raise CraftError(f"There is no folder {missing[0]} to adopt runs from.")
     runs = Path(arguments.runs or f"runs/{experiment.name}")
-    store = Store(runs, Path(arguments.to or f"results/{experiment.name}"), list(map(Path, arguments.adopt)))
+    store = Store(runs, Path(arguments.to or f"results/{experiment.name}"))
+    for folder in arguments.adopt:
+        for unusable in store.adopt(Path(folder), resolve_model_name(experiment.model)):
+            print(f"left out: {unusable}", file=sys.stderr)
     plan = Plan(experiment, Counts(experiment.model, runs / COUNTS), arguments.data)
     launch = arguments.launch if arguments.launch is not None else experiment.launch
     return Sweep(

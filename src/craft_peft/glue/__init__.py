@@ -7,7 +7,8 @@ The modules need the extra `glue` (`pip install "craft-peft[glue]"`), so that th
   `budgets` (the setting that so many parameters pay for)
 - Models: `models`, `heads`
 - Runs: `settings` (`TrainingConfig`), `training` (`train`), `optimization`, `checkpoints`, `interruption`, `loggers`
-- What a run leaves: `runs` (its folder), `results`, `figures` (of its adapter), `machine`, `summary`
+- What a run leaves: `runs` (its folder), `results`, `checking` (is one whole and consistent?), `figures` (of its
+  adapter), `machine`, `summary`
 - Many runs: `sweep` (from one file, here or on a cluster), `report` (tables, pictures and words from result files)
 - Use: `inference` (scores and predictions of a trained run), `submission` (the files of GLUE's server), `inspection`
   (a model's stacks)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import CraftError, did_you_mean
+from ..checking import recipe_of
 from ..methods import METHODS
 from ..results import Result
 from ..tasks import TASKS
-from .checking import recipe_of
 from .reading import LeftOut, Run
 
 # Settings that make no other method: where a run comes from and goes to, and what a budget has become ranks by.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checking import recipe_of
 from ..results import held_out_score
-from .checking import recipe_of
 from .grouping import Variant
 from .reading import Run
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CraftError
+from ..checking import Unusable, parse_result
 from ..results import Result
 from ..runs import METADATA, RESULT
-from .checking import Unusable, parse_result
 
 
 @dataclass(frozen=True)

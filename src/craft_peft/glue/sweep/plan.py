@@ -20,6 +20,8 @@ from .experiment import Experiment, MethodRow, TaskRow, slug
 
 GLUE_FOLDER = "CRAFT_GLUE_DIR"
 """Environment variable that names the folder of the GLUE files when nothing else does."""
+RATES = "rates"
+"""Folder, below that of the results, for those of runs that choose a rate."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Plan:
         rate = f"-{recipe.learning_rate:.2e}" if method.has_adapter else ""
         name = f"{slug(task.label)}-{slug(method.label)}{rate}-seed{cell.seed}"
         if cell.chooses:
-            file = f"rates/{name}.json"
+            file = f"{RATES}/{name}.json"
         elif self.experiment.rates.choose_on or len(self.experiment.rates.factors) == 1:
             file = f"{cell.name}.json"
         else:

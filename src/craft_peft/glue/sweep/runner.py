@@ -71,6 +71,7 @@ class Sweep:
         self.broken: dict[str, Record] = {}
         self.running: dict[Future[Ended], tuple[Planned, float]] = {}
         self.choose_rates(Listener())
+        self._require_sources()
         for cell in self.cells:
             planned = plan.decide(cell, self.factors)
             if planned is not None:
@@ -110,6 +111,13 @@ class Sweep:
         label = self.plan.experiment.tasks[cell.task].start_from
         assert label is not None
         return dataclasses.replace(cell, task=label, chooses=False)
+
+    def _require_sources(self) -> None:
+        """What a run is to start from is done again where all that is left of it is its published result."""
+        for cell in self.cells:
+            planned = self.plan.decide(cell, self.factors)
+            if planned is not None and planned.source is not None and self.state(cell) == WAITING:
+                self.store.require_folder(planned.source)
 
     def choose_rates(self, listener: Listener) -> None:
         """Chooses the rate of each method all of whose runs for that have ended."""
@@ -182,7 +190,7 @@ class Sweep:
 
     def _command(self, planned: Planned) -> Command:
         output = self.store.runs / planned.name
-        start = None if planned.source is None else self.store.finished[planned.source]
+        start = None if planned.source is None else self.store.folder(planned.source)
         config = dataclasses.replace(planned.config, output=output, start_from=start, report_to=self.report_to)
         fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
         words = words_of(self.job, json.dumps(fields), self.launch)
@@ -202,6 +210,7 @@ class Sweep:
             self.broken[planned.id] = Record(FAILED, f"{type(error).__name__}: {error}")
         self._keep(planned)
         self.choose_rates(listener)
+        self._require_sources()
         self.publish()
         listener.ended(planned, self.state(planned.cell))
 

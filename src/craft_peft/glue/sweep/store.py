@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,14 @@ from filelock import FileLock, Timeout
 
 from ...errors import CraftError
 from ...plugin.folders import write_whole
+from ..checking import Unusable, parse_result
 from ..figures import as_field, read_stacks
 from ..models import resolve_model_name
 from ..results import as_lines
 from ..runs import RESULT, RunFolder
 from ..settings import identity
 from .experiment import Experiment
-from .plan import Planned
+from .plan import RATES, Planned
 
 FAILED, DIVERGED = "failed", "diverged"
 LOCK = ".lock"
@@ -64,17 +65,59 @@ class Store:
     Args:
         runs: Folder of the run folders.
         published: Folder of the results.
-        adopted: Further folders of run folders, whose finished runs count as ours.
     """
 
-    def __init__(self, runs: Path, published: Path, adopted: Sequence[Path] = ()) -> None:
-        self.runs, self.published, self.adopted = runs.resolve(), published, adopted
+    def __init__(self, runs: Path, published: Path) -> None:
+        self.runs, self.published = runs.resolve(), published
         self.finished: dict[str, Path] = {}
+        """The file of the result of each finished run, by the run's identity."""
+        self.diverged: dict[str, str] = {}
         self._results: dict[Path, dict[str, Any]] = {}
-        for folder in (*adopted, self.runs):
-            self._scan(folder)
+        self._look_into(self.runs)
 
-    def _scan(self, folder: Path) -> None:
+    def adopt(self, folder: Path, model: str) -> list[str]:
+        """Counts the finished runs of another folder as ours, as far as we have not got them.
+
+        Args:
+            folder: Of run folders, or of published results.
+            model: The base model of the experiment, as resolved.
+
+        Returns:
+            Published results that cannot be used, each with the reason.
+        """
+        self._look_into(folder)
+        unusable = []
+        for path in (*sorted(folder.glob("[!.]*.json")), *sorted(folder.glob(f"{RATES}/[!.]*.json"))):
+            try:
+                self._take_published(path, model)
+            except Unusable as error:
+                unusable.append(f"{path}: {error}")
+        return unusable
+
+    def _take_published(self, path: Path, model: str) -> None:
+        """Keeps a published result in mind.
+
+        Raises:
+            Unusable: The file is cut short or edited, or another version's.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            fields = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise Unusable(f"cannot be read ({error})") from error
+        if not isinstance(fields, dict) or not isinstance(about := fields.get("experiment"), dict):
+            return  # what lies beside results: a record of a failure, for one
+        if "diverged" not in fields:
+            parse_result(text)
+        settings = {name: value for name, value in fields.get("config", {}).items() if name != "adapter"}
+        if not settings or identity({**settings, "model": model}) != about.get("id"):
+            raise Unusable("its settings are not those that it was published with: edited, or of another base model")
+        if "diverged" in fields:
+            self.diverged[about["id"]] = str(fields["diverged"])
+        else:
+            self.finished.setdefault(about["id"], path)
+
+    def _look_into(self, folder: Path) -> None:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.is_dir():
                 self.look(path)
@@ -86,12 +129,18 @@ class Store:
         except CraftError:
             return False
         if settings.get("task") is not None:
-            self.finished[identity(settings)] = path
+            self.finished.setdefault(identity(settings), path / RESULT)
         return True
 
-    def folder(self, planned: Planned) -> Path:
-        """Where a run is or will be."""
-        return self.finished.get(planned.id, self.runs / planned.name)
+    def folder(self, key: str) -> Path | None:
+        """The folder of a finished run, or None where only its published result is there."""
+        path = self.finished[key]
+        return path.parent if path.name == RESULT else None
+
+    def require_folder(self, key: str) -> None:
+        """Forgets a finished run of which only the published result is there: its adapter is needed."""
+        if key in self.finished and self.folder(key) is None:
+            del self.finished[key]
 
     def result(self, key: str) -> dict[str, Any]:
         """The result of a finished run.
@@ -99,7 +148,7 @@ class Store:
         Raises:
             CraftError: The file was cut short or changed.
         """
-        path = self.finished[key] / RESULT
+        path = self.finished[key]
         if path not in self._results:
             try:
                 result = json.loads(path.read_text(encoding="utf-8"))
@@ -114,6 +163,8 @@ class Store:
 
     def record(self, planned: Planned) -> Record | None:
         """Why a run is not finished, if that is known."""
+        if planned.id in self.diverged:
+            return Record(DIVERGED, self.diverged[planned.id])
         for kind in (DIVERGED, FAILED):
             path = self.runs / f"{planned.name}.{kind}.json"
             if path.is_file():
@@ -147,7 +198,8 @@ class Store:
             return False
         names = {resolve_model_name(experiment.model): experiment.model}
         if record is None:
-            result = {**self.result(planned.id), **as_field(read_stacks(self.finished[planned.id]))}
+            folder = self.folder(planned.id)
+            result = {**self.result(planned.id), **as_field(read_stacks(folder) if folder else ())}
         else:
             result = {"task": planned.config.task, "method": planned.config.method, "model": experiment.model}
             result |= {"seed": planned.config.seed, "config": planned.settings, "diverged": record.reason}

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..metrics import mean_score
-from ..results import FORMAT, EpochRecord, Result, choose_scores
-from ..tasks import TASKS
+from .metrics import mean_score
+from .results import FORMAT, EpochRecord, Result, choose_scores
+from .tasks import TASKS
 
 FAILURES = ("failed", "diverged")
 """What a file that stands for a run without a result says of it."""
