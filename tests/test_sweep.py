@@ -132,6 +132,15 @@ class TestResults:
         make_sweep(finished / "tiny.toml").run(InProcess(), Listener())
         assert path.read_bytes() == before
 
+    def test_what_was_done_here_goes_before_the_same_run_done_elsewhere(self, finished: Path) -> None:
+        path = finished / "results" / "cola-head-seed0.json"
+        before = path.read_bytes()
+        fields = json.loads(before)
+        path.write_text(json.dumps({**fields, "seconds": fields["seconds"] + 1.0}))
+        executor = InProcess()
+        assert make_sweep(finished / "tiny.toml").run(executor, Listener()) and executor.ran == []
+        assert path.read_bytes() == before
+
     def test_a_finished_run_of_another_name_is_adopted(self, finished: Path, tmp_path: Path) -> None:
         for number, folder in enumerate(sorted(path for path in (finished / "runs").iterdir() if path.is_dir())):
             folder.rename(finished / "runs" / f"old-{number}")

@@ -182,6 +182,8 @@ class Store:
     def publish(self, planned: Planned, experiment: Experiment, record: Record | None = None) -> bool:
         """Writes the result of a run where it is not written yet, without the paths of this machine.
 
+        The same run may have been done elsewhere, with other scores; what was done here goes before that.
+
         Args:
             planned: The run.
             experiment: What it belongs to.
@@ -194,12 +196,13 @@ class Store:
             CraftError: The adapter cannot be read.
         """
         path = self.published / planned.file
-        if _published_id(path) == planned.id:
+        own = {} if record else self.result(planned.id)
+        if _is_published(path, planned.id, {name: own[name] for name in ("curve", "seconds") if name in own}):
             return False
         names = {resolve_model_name(experiment.model): experiment.model}
         if record is None:
             folder = self.folder(planned.id)
-            result = {**self.result(planned.id), **as_field(read_stacks(folder) if folder else ())}
+            result = {**own, **as_field(read_stacks(folder) if folder else ())}
         else:
             result = {"task": planned.config.task, "method": planned.config.method, "model": experiment.model}
             result |= {"seed": planned.config.seed, "config": planned.settings, "diverged": record.reason}
@@ -258,8 +261,10 @@ def without_paths(value: Any, names: dict[str, str]) -> Any:
     return value
 
 
-def _published_id(path: Path) -> str | None:
+def _is_published(path: Path, key: str, fields: dict[str, Any]) -> bool:
+    """Whether a file is the result of a run with this identity and these fields."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["experiment"]["id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        published = json.loads(path.read_text(encoding="utf-8"))
+        return published["experiment"]["id"] == key and fields.items() <= published.items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
