@@ -109,13 +109,15 @@ class Store:
             return  # what lies beside results: a record of a failure, for one
         if "diverged" not in fields:
             parse_result(text)
-        settings = {name: value for name, value in fields.get("config", {}).items() if name != "adapter"}
-        if not settings or identity({**settings, "model": model}) != about.get("id"):
+        config = found if isinstance(found := fields.get("config"), dict) else {}
+        settings = {"task": None, **config, "model": model}
+        settings.pop("adapter", None)  # what the method's config became: the settings decide it
+        if identity(settings) != about.get("id"):
             raise Unusable("its settings are not those that it was published with: edited, or of another base model")
         if "diverged" in fields:
             self.diverged[about["id"]] = str(fields["diverged"])
-        else:
-            self.finished.setdefault(about["id"], path)
+        elif self.finished.setdefault(about["id"], path) == path:
+            self._results[path] = fields
 
     def _look_into(self, folder: Path) -> None:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
