@@ -92,6 +92,15 @@ def scales_with_alpha(method: Method) -> None:
     assert_close(thrice.delta_weight(1).detach(), 3 * once.delta_weight(1).detach(), products=100)
 
 
+def is_the_same_with_and_without_gradients(method: Method) -> None:
+    """Bit for bit, so that a loaded adapter is the trained one: PyTorch may sum in another order without gradients."""
+    adapter = method.adapter(SHAPE, dtype=torch.float32, init_weights=False)
+    for layer in range(SHAPE.layers):
+        trained = adapter.delta_weight(layer)
+        with torch.no_grad():
+            assert torch.equal(adapter.delta_weight(layer), trained)
+
+
 def gradients_are_right(method: Method) -> None:
     adapter = method.adapter(SHAPE, init_weights=False, alpha=0.7)
     names = [name for name, _ in adapter.named_parameters()]
@@ -364,6 +373,7 @@ ADAPTER_LAWS = [
     follows_the_papers_equation,
     output_is_the_weight_applied,
     scales_with_alpha,
+    is_the_same_with_and_without_gradients,
     gradients_are_right,
 ]
 MODEL_LAWS = [

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from bitsandbytes.functional import _convert_weight_packed_for_cpu, create_dynamic_map
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn import Linear4bit
 from laws import TARGETS, assert_close, tolerance
 from method_table import METHODS
@@ -101,7 +101,7 @@ def test_all_linear_finds_quantised_layers(method, backend):
 def test_training_moves_the_adapter_alone(method, backend, reentrant):
     base = prepare_model_for_kbit_training(backend.bert(), gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model = adapted(method, base, init_weights=True)
-    before = logits(model)
+    before = logits(copy.deepcopy(model))  # of a copy: on some processors bitsandbytes cannot train after evaluation
     frozen = {name: read_weight(layer.base_layer).clone() for name, layer in layers_of(model).items()}
     adapter = {n: p for n, p in model.named_parameters() if p.requires_grad and f".{method.name}_" in n}
     optimizer = torch.optim.Adam(adapter.values(), lr=0.05)
@@ -110,9 +110,9 @@ def test_training_moves_the_adapter_alone(method, backend, reentrant):
         model.train()(tokens(), labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
     assert all(parameter.grad.abs().max() > 0 for parameter in adapter.values())
-    assert not torch.equal(logits(model.eval()), before)
     for name, layer in layers_of(model).items():
         assert torch.equal(read_weight(layer.base_layer), frozen[name])
+    assert not torch.equal(logits(model.eval()), before)
 
 
 @every_method
@@ -246,13 +246,15 @@ def test_a_weight_that_bitsandbytes_packed_for_the_processor_is_read_as_it_was(d
     layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
         layer.weight.data, layer.weight.quant_state
     )
-    assert layer.weight.quant_state.packing_format_for_cpu
+    packed, scales = layer.weight.data.clone(), layer.weight.quant_state.absmax.clone()
     found = read_weight(layer)
     assert found.dtype == before.dtype
-    # Packing rounds the scale of each block to bfloat16; double quantisation rounds it again, to a table.
-    eps = torch.finfo(torch.bfloat16).eps
-    again = create_dynamic_map().diff().max() / 2 if double else 0.0
-    assert ((found - before).abs() <= before.abs() * eps / 2 + before.abs().max() * again).all()
+    # Packing rounds the scale of each block to bfloat16, which are products of float32 where it was quantised too.
+    eps = torch.finfo(torch.bfloat16).eps / 2 + tolerance(torch.float32, 10)
+    assert ((found - before).abs() <= before.abs() * eps).all()
+    state = layer.weight.quant_state
+    assert state.packing_format_for_cpu and not state.nested
+    assert torch.equal(layer.weight.data, packed) and torch.equal(state.absmax, scales)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -268,20 +268,24 @@ class CraftAdapter(FrozenBasesAdapter):
         """
         if "middles" in trained:
             return trained["middles"]
-        # As (out, layers, in): the products with the transforms are then one product each, not one a layer.
-        core, moved = self.core.transpose(0, 1), None
-        start = self.layer_factor @ core
+        # As (out, layers, in): the products with the transforms are then one product each, not one a layer. And each is
+        # of two matrices: PyTorch may sum a product of more modes in another order where no gradient is wanted.
+        start, moved = self._mixed(self.layer_factor), None
         if "layer_transform" in trained:
-            moved = self.layer_factor @ trained["layer_transform"] @ core
+            moved = self._mixed(self.layer_factor @ trained["layer_transform"])
             start = start + moved
         if "out_transform" in trained:
             start, moved = _continued(start, moved, torch.tensordot(trained["out_transform"], start, dims=1))
         if "in_transform" in trained:
-            start, moved = _continued(start, moved, start @ trained["in_transform"].mT)
+            start, moved = _continued(start, moved, (start.flatten(0, 1) @ trained["in_transform"].T).view_as(start))
         if "out_diagonals" in trained:
             start, moved = _continued(start, moved, trained["out_diagonals"].T[:, :, None] * start)
             start, moved = _continued(start, moved, start * trained["in_diagonals"])
         return (torch.zeros_like(start) if moved is None else moved).transpose(0, 1)
+
+    def _mixed(self, weights: Float[Tensor, "layers r_layer"]) -> Float[Tensor, "r_out layers r_in"]:
+        """The slices of the core, mixed for each layer."""
+        return (weights @ self.core.flatten(1)).unflatten(1, self.core.shape[1:]).transpose(0, 1).contiguous()
 
     def turn_rows(
         self, layer: int, hidden: Float[Tensor, "rows tokens r_in"], trained: Mapping[str, Tensor]

@@ -7,6 +7,7 @@ one is, up to its own rounding. The others (GPTQ, AWQ, AQLM, EETQ, ...) only run
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -74,7 +75,8 @@ def _read_present_weight(module: nn.Module, name: str) -> Tensor:
     backend = backend_of(module)
     weight = getattr(module, "weight", None)
     if backend is not None:
-        _undo_cpu_packing(module)
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            return _read_packed_weight(weight)
         try:
             return backend.get_base_weight(module).detach()
         except (NotImplementedError, TypeError):  # the two that PEFT's back ends raise
@@ -127,15 +129,17 @@ def _no_scheme() -> None:
     """Stands for the scheme that torchao needs to quantise again, where the model does not tell it."""
 
 
-def _undo_cpu_packing(module: nn.Module) -> None:
-    """Bring a 4-bit weight of bitsandbytes into the order in which PEFT reads it.
+def _read_packed_weight(weight: Any) -> Tensor:
+    """What a 4-bit weight of bitsandbytes stands for that lies in the order of a CPU with AVX512-BF16.
 
-    On a CPU with AVX512-BF16 the first forward pass in evaluation packs the weight in another order. Saving unpacks it,
-    but leaves the scales as they were packed: transposed, in bfloat16.
+    The first forward pass in evaluation packs it so, and rounds the scales to bfloat16. The way back that saving takes
+    would round the scales of double quantisation once more, and change what the layer computes: this one leaves the
+    layer as it is.
     """
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        module.state_dict()
-        state = module.weight.quant_state
-        if state.absmax.ndim == 2:
-            state.absmax = state.absmax.T.reshape(-1).float()
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+    state = copy.copy(weight.quant_state)
+    state.original_nested = False
+    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = state.absmax.T.reshape(-1).float()
+    return dequantize_4bit(data, state)
