@@ -75,10 +75,8 @@ def _read_present_weight(module: nn.Module, name: str) -> Tensor:
     backend = backend_of(module)
     weight = getattr(module, "weight", None)
     if backend is not None:
-        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            return _read_packed_weight(weight)
         try:
-            return backend.get_base_weight(module).detach()
+            return backend.get_base_weight(_unpacked(module)).detach()
         except (NotImplementedError, TypeError):  # the two that PEFT's back ends raise
             pass
     elif isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1:
@@ -129,17 +127,19 @@ def _no_scheme() -> None:
     """Stands for the scheme that torchao needs to quantise again, where the model does not tell it."""
 
 
-def _read_packed_weight(weight: Any) -> Tensor:
-    """What a 4-bit weight of bitsandbytes stands for that lies in the order of a CPU with AVX512-BF16.
+def _unpacked(module: Any) -> nn.Module:
+    """The layer; or of one with a 4-bit weight in the order of a CPU with AVX512-BF16 a copy in that which PEFT reads.
 
-    The first forward pass in evaluation packs it so, and rounds the scales to bfloat16. The way back that saving takes
-    would round the scales of double quantisation once more, and change what the layer computes: this one leaves the
-    layer as it is.
+    The first forward pass in evaluation packs the weight of bitsandbytes so, and rounds the scales to bfloat16. Saving
+    unpacks it, but leaves the scales transposed, or rounds them once more if they are quantised too. The layer itself
+    stays as it is, or it would compute something else.
     """
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
-
-    state = copy.copy(weight.quant_state)
-    state.original_nested = False
-    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return module
+    found, weight, state = copy.copy(module), copy.copy(module.weight), copy.copy(state)
+    found._parameters = {**module._parameters, "weight": weight}
+    weight.quant_state, state.original_nested = state, False
+    found.state_dict()  # unpacks
     state.absmax = state.absmax.T.reshape(-1).float()
-    return dequantize_4bit(data, state)
+    return found
