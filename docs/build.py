@@ -62,7 +62,12 @@ def report_filters() -> dict[str, Any]:
 
         return render_markdown(report, title="")
 
-    return {"markdown": as_markdown, "report_markdown": report_markdown}
+    def task_title(task: str) -> str:
+        from craft_peft.glue.report.grouping import task_title
+
+        return task_title(task)
+
+    return {"markdown": as_markdown, "report_markdown": report_markdown, "task_title": task_title}
 
 
 def filled(page: str, project: Path = PROJECT) -> str:

@@ -270,9 +270,9 @@ class CraftAdapter(FrozenBasesAdapter):
             return trained["middles"]
         # As (out, layers, in): the products with the transforms are then one product each, not one a layer. And each is
         # of two matrices: PyTorch may sum a product of more modes in another order where no gradient is wanted.
-        start, moved = self._mixed(self.layer_factor), None
+        start, moved = self._mixed(self.layer_factor).transpose(0, 1).contiguous(), None
         if "layer_transform" in trained:
-            moved = self._mixed(self.layer_factor @ trained["layer_transform"])
+            moved = self._mixed(self.layer_factor @ trained["layer_transform"]).transpose(0, 1).contiguous()
             start = start + moved
         if "out_transform" in trained:
             start, moved = _continued(start, moved, torch.tensordot(trained["out_transform"], start, dims=1))
@@ -283,9 +283,9 @@ class CraftAdapter(FrozenBasesAdapter):
             start, moved = _continued(start, moved, start * trained["in_diagonals"])
         return (torch.zeros_like(start) if moved is None else moved).transpose(0, 1)
 
-    def _mixed(self, weights: Float[Tensor, "layers r_layer"]) -> Float[Tensor, "r_out layers r_in"]:
-        """The slices of the core, mixed for each layer."""
-        return (weights @ self.core.flatten(1)).unflatten(1, self.core.shape[1:]).transpose(0, 1).contiguous()
+    def _mixed(self, weights: Float[Tensor, "*some r_layer"]) -> Float[Tensor, "*some r_out r_in"]:
+        """Sums of the core's slices."""
+        return (weights @ self.core.flatten(1)).unflatten(-1, self.core.shape[1:])
 
     def turn_rows(
         self, layer: int, hidden: Float[Tensor, "rows tokens r_in"], trained: Mapping[str, Tensor]
@@ -293,10 +293,8 @@ class CraftAdapter(FrozenBasesAdapter):
         r"""With :math:`e = E_3^\top z`: :math:`K_l z = D_l z + S_l e + E_2 (C_l(I) z + D_l z + S_l e)`."""
         if set(trained) != set(TRANSFORMS):
             return None
-        tokens = hidden.shape[1]
-        weights, sizes = self.layer_factor[layer], self.core.shape[1:]
-        fixed = torch.tensordot(weights, self.core, dims=1)
-        moving = ((weights @ trained["layer_transform"]) @ self.core.flatten(1)).unflatten(-1, sizes)
+        tokens, weights = hidden.shape[1], self.layer_factor[layer]
+        fixed, moving = self._mixed(weights), self._mixed(weights @ trained["layer_transform"])
         both = torch.cat([hidden, hidden @ trained["in_transform"]], dim=1)
         through_fixed, through_moving = both @ fixed.T, both @ moving.mT
         moved = through_moving[:, :tokens] + through_moving[:, tokens:] + through_fixed[:, tokens:]

@@ -25,6 +25,8 @@ from .plan import RATES, Planned
 FAILED, DIVERGED = "failed", "diverged"
 LOCK = ".lock"
 COUNTS = ".counts.json"
+TELLING = ("diverged", "curve", "seconds")
+"""What tells a result from that of the same run done elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,8 @@ class Store:
             CraftError: The adapter cannot be read.
         """
         path = self.published / planned.file
-        own = {} if record else self.result(planned.id)
-        if _is_published(path, planned.id, {name: own[name] for name in ("curve", "seconds") if name in own}):
+        own = {"diverged": record.reason} if record else self.result(planned.id)
+        if _is_published(path, planned.id, {name: own[name] for name in TELLING if name in own}):
             return False
         names = {resolve_model_name(experiment.model): experiment.model}
         if record is None:
@@ -207,7 +209,7 @@ class Store:
             result = {**own, **as_field(read_stacks(folder) if folder else ())}
         else:
             result = {"task": planned.config.task, "method": planned.config.method, "model": experiment.model}
-            result |= {"seed": planned.config.seed, "config": planned.settings, "diverged": record.reason}
+            result |= {"seed": planned.config.seed, "config": planned.settings, **own}
         about: dict[str, Any] = {
             "name": experiment.name,
             "id": planned.id,
