@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 # Before anything imports craft_peft: every annotation, shapes included, is then checked at each call. Not in
 # `plugin.config`, where users' values arrive and are checked by the configs themselves, with errors that tests read.
 CHECKED = ["errors", "slices", "weights", "directions", "tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
-CHECKED += ["plugin.stacks", "plugin.quantization", "plugin.layer", "plugin.tuner", "glue", "cli"]
+CHECKED += ["plugin.stacks", "plugin.quantization", "plugin.layer", "plugin.targets", "plugin.tuner", "glue", "cli"]
 install_import_hook([f"craft_peft.{name}" for name in CHECKED], "beartype.beartype")
 
 # The models here are tiny: more threads only cost time, and sums keep one order.

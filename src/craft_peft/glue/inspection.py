@@ -15,7 +15,7 @@ from transformers import AutoModel, PreTrainedModel
 from ..errors import CraftError
 from ..plugin.craft_config import MODES, CraftConfig
 from ..plugin.stacks import collect_stacks
-from ..plugin.tuner import find_targets, set_default_targets
+from ..plugin.targets import find_targets, set_default_targets
 from ..slices import unfold
 from ..tucker import Tucker, hosvd
 from ..weights import StackShape

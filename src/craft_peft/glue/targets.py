@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from ..errors import CraftError
 from ..plugin.config import StackConfig
 from ..plugin.stacks import Stack, collect_stacks
-from ..plugin.tuner import find_targets, set_default_targets
+from ..plugin.targets import find_targets, set_default_targets
 from .models import quiet_transformers, resolve_model_name
 
 

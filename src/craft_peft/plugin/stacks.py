@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
-import peft
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -205,39 +202,3 @@ def _say_where_shapes_alternate(stacks: list[Stack]) -> None:
 def say_once(sentence: str) -> None:
     """Log a message; not again in this process."""
     logger.warning(sentence)
-
-
-class NoTargetError(CraftError, getattr(peft, "NoMatchingPeftModuleError", ValueError)):  # type: ignore[misc]
-    """Target modules that match nothing; PEFT's own error for it, which peft 0.20 does not have yet, is a base."""
-
-
-def explain_no_match(target_modules: Collection[str] | None, left_out: list[str], model: nn.Module) -> NoTargetError:
-    """The error for target modules that match nothing: names what was left out, and what there is to match."""
-    found = _linear_names(model)
-    wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or ())
-    close = [match for name in wanted for match in get_close_matches(name, found, n=1)]
-    if left_out:
-        named = ", ".join(repr(key) for key in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        hint = f" `exclude_modules` and `modules_to_save` leave out {named}."
-    else:
-        hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
-    return NoTargetError(
-        f"`target_modules={wanted}` matches no module of {type(model).__name__}.{hint} {describe_linear_modules(model)}"
-    )
-
-
-def describe_linear_modules(model: nn.Module) -> str:
-    """A sentence with the names that `target_modules` can hold."""
-    names = ", ".join(repr(name) for name in sorted(_linear_names(model)))
-    return f"Its linear modules are called {names or '(there are none)'}."
-
-
-def _linear_names(model: nn.Module) -> set[str]:
-    names: set[str] = set()
-    inside: tuple[str, ...] = ()
-    for key, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):  # a head that is saved, with its copies
-            inside = (*inside, key + ".")
-        elif is_linear(module) and not key.startswith(inside):
-            names.add(key.removesuffix(".base_layer").rpartition(".")[2])
-    return names

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..adapters.base import StackAdapter, still_deferred
@@ -28,22 +21,11 @@ from .layer import StackedLinear, StackSlot
 from .mixed_batches import ServedModules, rows_use
 from .progress import Progress
 from .quantization import adapter_place, backend_of, quantization_of
-from .stacks import Stack, collect_stacks, describe_linear_modules, explain_no_match, path_pattern, say_once
+from .stacks import Stack, collect_stacks, path_pattern, say_once
+from .targets import find_targets, set_default_targets
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
-
-QUERY_AND_VALUE = {
-    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    # PEFT's table adds the feed-forward layers here; a stack is a projection of the attention.
-    "phi": ["q_proj", "v_proj"],
-    # Missing in PEFT's table.
-    "distilbert": ["q_lin", "v_lin"],
-    "modernbert": ["Wqkv"],
-    "vit": ["query", "value", "q_proj", "v_proj"],  # before and since transformers 5
-    "whisper": ["q_proj", "v_proj"],
-}
-"""Default target modules by model type."""
 
 
 class StackTuner(BaseTuner):
@@ -236,61 +218,6 @@ class StackTuner(BaseTuner):
         # PEFT reads the names in `model.state_dict()` here, not the values: what is about to be loaded stays deferred.
         with still_deferred(model):
             return super()._remap_adapter_state_dict_for_load(model=model, **kwargs)
-
-
-def set_default_targets(config: StackConfig, model: nn.Module) -> None:
-    """Fill in `target_modules` where the user gave none: query and value, under their names in the model's type.
-
-    Raises:
-        CraftError: a model type without defaults.
-    """
-    if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in QUERY_AND_VALUE:
-            raise CraftError(
-                f"The model type {model_type!r} has no default target modules: name them with `target_modules`. "
-                f"{describe_linear_modules(model)}"
-            )
-        names = QUERY_AND_VALUE[model_type]
-        config.target_modules = names if isinstance(names, str) else set(names)
-
-
-def find_targets(
-    config: StackConfig, model: nn.Module, saved: Collection[str] | None = None
-) -> list[tuple[str, nn.Module]]:
-    """Path and linear module of every target.
-
-    Args:
-        config: names the targets; 'all-linear' in it is replaced by what it stands for.
-        model: the base model, adapted or not.
-        saved: the paths of modules that a saved adapter has tensors for; they are used instead of the config's.
-
-    Raises:
-        CraftError: nothing matches, or an adapter is merged into a target.
-    """
-    _maybe_include_all_linear_layers(config, model)
-    targets: list[tuple[str, nn.Module]] = []
-    inside: tuple[str, ...] = ()
-    for key, module in model.named_modules():
-        if saved is not None:
-            key = key.removeprefix("_orig_mod.")  # of a compiled model, as PEFT does
-        if not key or key.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, key + ".")
-        if check_target_module_exists(config, key) if saved is None else key in saved:
-            if getattr(module, "merged", False):
-                raise CraftError(
-                    f"The adapter(s) {module.merged_adapters} are merged into '{key}', so its weight is not the "
-                    "pretrained one. Call `unmerge_adapter()` before you add another adapter."
-                )
-            targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
-    if not targets:
-        everywhere = copy(config)
-        everywhere.exclude_modules = everywhere.modules_to_save = None
-        left_out = [key for key, _ in model.named_modules() if key and check_target_module_exists(everywhere, key)]
-        raise explain_no_match(config.target_modules, left_out, model)
-    return targets
 
 
 def _check_same_stacks(layers: Collection[StackedLinear], adapter_names: Collection[str]) -> None:
