@@ -28,7 +28,6 @@ class Method:
         count: trained numbers for the target matrices, given those of each projection, by the formula of the paper.
         naive_delta: what is added to layer l's weight, written with loops from the paper's equation.
         setting: what tells this row from others of the same method.
-        shares_work: whether its layers share a computation (`StackAdapter.prepare`).
         exceptions: laws that do not hold for it, by name, and why.
     """
 
@@ -37,7 +36,6 @@ class Method:
     count: Callable[[Sequence[StackShape]], int]
     naive_delta: Callable[[StackAdapter, int], Tensor]
     setting: str = ""
-    shares_work: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -128,13 +126,11 @@ def _lotr_naive_delta(adapter: LotrAdapter, layer: int) -> Tensor:
     return adapter.scaling * torch.tensor(difference, dtype=adapter.core.dtype)
 
 
-def _superlora(
-    setting: str, count: Callable[[Sequence[StackShape]], int], *, shares_work: bool = True, **case
-) -> Method:
+def _superlora(setting: str, count: Callable[[Sequence[StackShape]], int], **case) -> Method:
     def config(**fields) -> SuperLoraConfig:
         return SuperLoraConfig(**{"r": 2, "alpha": 2.0, **case, **fields})
 
-    return Method("superlora", config, count, naive_superlora.naive_delta, setting, shares_work)
+    return Method("superlora", config, count, naive_superlora.naive_delta, setting)
 
 
 METHODS = [
@@ -145,7 +141,6 @@ METHODS = [
             partial(_craft_count, tying=tying),
             _craft_naive_delta,
             setting=setting,
-            shares_work=tying != "free",
         )
         for setting, tying, basis in [
             ("", "shared", "weights"),
@@ -167,7 +162,6 @@ METHODS = [
     _superlora(
         "as lora",
         lambda projections: sum(2 * sum(matrix) for shape in projections for matrix in shape.matrices),
-        shares_work=False,
         groups="weight",
         order=2,
         sizes="weights",

@@ -39,11 +39,8 @@ class FactAdapter(FactoredStackAdapter):
     def initialise(self, read_weights) -> None:
         pass
 
-    def prepare(self):
-        return torch.tensordot(self.layer_factor, self.core, dims=1).unbind()
-
-    def middle(self, layer: int):
-        return self.prepared(layer)
+    def layer_cores(self):
+        return torch.tensordot(self.layer_factor, self.core, dims=1)
 
 
 # The config, the tuner, and their names in PEFT --------------------------------------------------------------------
@@ -100,7 +97,7 @@ def fact_naive_delta(adapter, layer):
     return adapter.scaling * delta
 
 
-FACT = Method("fact", fact_config, fact_count, fact_naive_delta, shares_work=True)
+FACT = Method("fact", fact_config, fact_count, fact_naive_delta)
 
 
 @pytest.mark.parametrize("law", ADAPTER_LAWS + MODEL_LAWS, ids=lambda law: law.__name__)

@@ -258,12 +258,11 @@ def test_transforms_of_functions():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In a model, for every method that prepares its layers together
+# In a model, for every method
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SHARING = [method for method in METHODS if method.shares_work]
-every_sharing_method = pytest.mark.parametrize("method", SHARING, ids=str)
+every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
 @pytest.fixture
@@ -284,14 +283,7 @@ def adapters_of(model, name):
     return {m.owned[name] for m in model.modules() if isinstance(m, StackedLinear) and name in m.owned}
 
 
-def test_only_what_says_so_shares(times):
-    for method in METHODS:
-        times.clear()
-        logits(moved(method)[0])
-        assert bool(times) == method.shares_work
-
-
-@every_sharing_method
+@every_method
 def test_a_forward_pass_prepares_once(method, times):
     model, base = moved(method)
     injected = inject_adapter_in_model(method.config(target_modules=TARGETS), copy.deepcopy(base))
@@ -304,7 +296,7 @@ def test_a_forward_pass_prepares_once(method, times):
         assert set(times.values()) == {2}
 
 
-@every_sharing_method
+@every_method
 @pytest.mark.parametrize(("reentrant", "expected"), [(False, 2), (True, 3)])
 def test_checkpointing_prepares_once_more(method, reentrant, expected, times):
     gradients = []
@@ -332,7 +324,7 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-@every_sharing_method
+@every_method
 @pytest.mark.parametrize(("checkpointing", "expected"), [(False, 1), (True, 2)])
 def test_distributed_data_parallel_prepares_as_often(method, checkpointing, expected, times, process_group):
     gradients = []
@@ -349,7 +341,7 @@ def test_distributed_data_parallel_prepares_as_often(method, checkpointing, expe
         assert_close(gradients[1][name], gradient, products=1)
 
 
-@every_sharing_method
+@every_method
 def test_a_mixed_batch_prepares_each_adapter_at_most_once(method, times):
     """Adapters on common bases are not prepared at all: the rows go through their transforms."""
     model, _ = moved(method)
@@ -361,14 +353,14 @@ def test_a_mixed_batch_prepares_each_adapter_at_most_once(method, times):
     assert set(times) == adapters or method.name == "craft"
 
 
-@every_sharing_method
+@every_method
 def test_generation_prepares_once_a_token(method, times):
     model = get_peft_model(gpt2(), method.config(init_weights=False, task_type="CAUSAL_LM")).eval()
     model.generate(input_ids=tokens(), max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
     assert set(times.values()) == {5}
 
 
-@every_sharing_method
+@every_method
 def test_merging_prepares_once(method, times):
     model, _ = moved(method)
     for act in (model.merge_adapter, model.unmerge_adapter, model.merge_and_unload):
@@ -377,7 +369,7 @@ def test_merging_prepares_once(method, times):
         assert set(times.values()) == {1}
 
 
-@every_sharing_method
+@every_method
 def test_a_submodule_called_by_itself_is_right(method):
     """Without the hooks of the whole model, with checkpointing of both kinds."""
     model, _ = moved(method)
@@ -398,7 +390,7 @@ def test_a_submodule_called_by_itself_is_right(method):
         assert_close(gradient, found[0], products=1000)
 
 
-@every_sharing_method
+@every_method
 def test_unloading_leaves_no_hooks(method):
     model, base = moved(method)
     unloaded = model.unload()

@@ -162,6 +162,23 @@ def _fingerprint_of(weight: Tensor, name: str) -> Tensor:
     return torch.cat([norm.reshape(1), fixed_entries(weight).double()])
 
 
+def as_bits(fingerprint: Tensor) -> Tensor:
+    """The bits of a fingerprint's float32 numbers as int32; of bits, themselves.
+
+    It is kept and saved so: whoever casts the floating-point tensors of a model or of a state dict leaves it whole.
+
+    Example:
+        >>> as_bits(torch.ones(1)), as_numbers(as_bits(torch.ones(1)))
+        (tensor([1065353216], dtype=torch.int32), tensor([1.]))
+    """
+    return fingerprint.float().view(torch.int32) if fingerprint.is_floating_point() else fingerprint
+
+
+def as_numbers(fingerprint: Tensor) -> Float[Tensor, " numbers"]:
+    """The numbers of a saved fingerprint: of its bits, or as version 0.1.0 saved them."""
+    return fingerprint.float() if fingerprint.is_floating_point() else fingerprint.view(torch.float32)
+
+
 def fixed_entries(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " numbers"]:
     """The first, the middle and the last entry of a weight: reading them costs nothing.
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import reduce
 from itertools import chain
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..errors import CraftError
 from ..fused import adapted_linear, thin_dtype
 from ..sharing import compute_once
 from ..slices import Slices
-from ..weights import ReadWeights, StackShape
+from ..weights import ReadWeights, StackShape, as_bits
 
 
 class StackAdapter(nn.Module, ABC):
@@ -39,7 +39,11 @@ class StackAdapter(nn.Module, ABC):
     loading would overwrite, `defer` postpones it until the tensors are first needed.
 
     A method whose frozen tensors mean something beside the weights they were computed from alone has a buffer
-    ``fingerprint`` that begins with their `weights_fingerprint`; `watch_loading` then tells when another is loaded.
+    ``fingerprint``, the bits (`as_bits`) of numbers that begin with their `weights_fingerprint`; `watch_loading` then
+    tells when another is loaded.
+
+    Whoever casts a model may cast the trained tensors and not the frozen ones, or the other way round. What is small
+    is therefore computed in the widest of their dtypes, and in float32 at least (`working_dtype`).
 
     Args:
         shape: the sizes of the stack.
@@ -62,7 +66,7 @@ class StackAdapter(nn.Module, ABC):
 
     @abstractmethod
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
-        r"""The matrix :math:`\Delta W_l`, of shape ``(d_out, d_in)``, in the dtype of the trained tensors."""
+        r"""The matrix :math:`\Delta W_l`, of shape ``(d_out, d_in)``, in float32 at least."""
 
     def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         r"""What is added to the output of layer `layer`: :math:`x \Delta W_l^\top`, in the dtype of `x`.
@@ -74,23 +78,29 @@ class StackAdapter(nn.Module, ABC):
         return F.linear(x, self.delta_weight(layer).to(x))
 
     def prepare(self) -> tuple[Tensor, ...]:
-        """One tensor a layer, in one computation for all of them: for methods that make their deltas together.
+        """What all layers need of the trained tensors, in one computation: new tensors, one per layer or more.
 
-        What a method returns here its `delta_weight` and `delta_output` get with `prepared`, computed once a forward
-        pass, in the dtype of the trained tensors whatever autocast does to the rest.
+        What a method returns here its `delta_weight` and `delta_output` get with `prepared`, computed once per forward
+        pass, whatever autocast does to the rest. No layer may use a trained tensor by itself: its gradient would come
+        in parts, one per layer, and an optimizer that steps in a gradient hook would step on each. Nor may a tensor
+        returned here share memory with a trained one, which engines for several processes free after each layer.
         """
         raise NotImplementedError(f"{type(self).__name__} computes nothing for all its layers together")
 
-    def prepared(self, layer: int) -> Tensor:
-        """The tensor of a layer from `prepare`, see `craft_peft.sharing`."""
-        return compute_once(self, self._prepare)[layer]
+    def prepared(self, place: int) -> Tensor:
+        """The tensor at a place of those of `prepare`, see `craft_peft.sharing`."""
+        return compute_once(self, self._prepare)[place]
 
     def _prepare(self) -> tuple[Tensor, ...]:
         self.make_ready()
+        with self._without_autocast():
+            return self.prepare()
+
+    def _without_autocast(self) -> AbstractContextManager[Any]:
         # Within a call, FSDP 1 puts plain tensors in the place of the parameters.
         tensors = chain(self.parameters(), (value for value in vars(self).values() if isinstance(value, Tensor)))
-        with torch.autocast(next(tensors).device.type, enabled=False):
-            return self.prepare()
+        device = next(tensors).device.type
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
     def forward(
         self, layer: int, x: Float[Tensor, "... d_in"], base: nn.Linear | None = None
@@ -131,6 +141,23 @@ class StackAdapter(nn.Module, ABC):
         """What `set_bases` has to be given directions of: "activations", "gradients", or None if it takes none."""
         return None
 
+    @property
+    def derived_from(self) -> tuple[object, ...] | None:
+        """What the frozen tensors depend on beside the weights, as values to compare; None if there are none."""
+        return None
+
+    def take_frozen(self, twin: StackAdapter) -> None:
+        """Copy the frozen tensors of an adapter of the same class, stack and `derived_from`, instead of computing them.
+
+        So that a copy of an adapter by its config and its parameters (which is how others copy adapters) is that
+        adapter, also where the frozen tensors cannot be computed again: from batches, or from weights that have since
+        been cast or quantised.
+        """
+        twin.make_ready()
+        self._deferred = None
+        for name, frozen in twin.named_buffers(recurse=False):
+            setattr(self, name, frozen.detach().clone())
+
     def set_bases(self, weights: Slices, directions: Slices) -> None:
         """Take bases from the directions of other matrices than the pretrained weights.
 
@@ -155,9 +182,14 @@ class StackAdapter(nn.Module, ABC):
         """
         raise CraftError(f"{type(self).__name__} cannot hold a sum of adapters.")
 
-    def defer(self, read_weights: ReadWeights) -> None:
-        """Call `initialise` with this reader when the frozen tensors are first used, unless they are loaded before."""
-        self._deferred = partial(self.initialise, read_weights)
+    def defer(self, fill: Callable[[], None]) -> None:
+        """Call this to fill the frozen tensors when they are first used, unless they are loaded before."""
+        self._deferred = fill
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the frozen tensors are still to be filled."""
+        return self._deferred is not None
 
     def watch_loading(self, watcher: Callable[[Tensor], None]) -> None:
         """Call this with the saved fingerprint whenever frozen tensors are loaded together with one."""
@@ -168,9 +200,11 @@ class StackAdapter(nn.Module, ABC):
             self._watcher(saved)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # transformers' own loading sets tensors one by one, with this mark, and calls no `load_state_dict`.
-        if name == "fingerprint" and getattr(value, "_is_hf_initialized", False):
-            self._meet_fingerprint(value)
+        if name == "fingerprint":
+            # transformers' own loading sets tensors one by one, with this mark, and calls no `load_state_dict`.
+            if getattr(value, "_is_hf_initialized", False):
+                self._meet_fingerprint(value)
+            value = as_bits(value)
         super().__setattr__(name, value)
 
     @contextmanager
@@ -184,10 +218,12 @@ class StackAdapter(nn.Module, ABC):
 
     def make_ready(self) -> None:
         """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
-        if self._deferred is not None:
+        while self._deferred is not None:  # what was deferred may turn out to need something else first
             deferred, self._deferred = self._deferred, None
             try:
-                deferred()
+                # Whoever asks first may do so in a mode of his own. What is made here stays.
+                with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
+                    deferred()
             except CraftError:
                 self._deferred = deferred  # the next use is an error again, not a use of tensors that hold nothing
                 raise
@@ -204,6 +240,8 @@ class StackAdapter(nn.Module, ABC):
             self._deferred = None  # everything frozen comes with the state: nothing is left to compute
             if "fingerprint" in saved:
                 self._meet_fingerprint(state_dict[f"{prefix}fingerprint"])
+        if (key := f"{prefix}fingerprint") in state_dict:
+            state_dict = {**state_dict, key: as_bits(state_dict[key])}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_shapes(self, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -235,36 +273,49 @@ class FactoredStackAdapter(StackAdapter):
     out_factor: Float[Tensor, "d_out r_out"]
     in_factor: Float[Tensor, "d_in r_in"]
 
-    def factors(self) -> tuple[Float[Tensor, "d_out r_out"], Float[Tensor, "d_in r_in"]]:
-        """The matrices :math:`U` and :math:`V`."""
+    @abstractmethod
+    def layer_cores(self) -> Float[Tensor, "layers r_out r_in"]:
+        """The small matrices :math:`K_l` of all layers, without the scaling, in one computation; a new tensor."""
+
+    def whole_factors(self) -> tuple[Float[Tensor, "d_out r_out"], Float[Tensor, "d_in r_in"]]:
+        """The matrices :math:`U` and :math:`V`, if they are trained or made of what is trained."""
         return self.out_factor, self.in_factor
 
-    @abstractmethod
+    def prepare(self) -> tuple[Tensor, ...]:
+        """All of `layer_cores`, and behind them the factors if they are trained."""
+        cores, factors = self.layer_cores(), () if self.fuses else self.whole_factors()
+        dtype = working_dtype(cores, *factors)
+        return (*cores.to(dtype).unbind(), *(factor.to(dtype, copy=True) for factor in factors))
+
     def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
         """The small matrix :math:`K_l` of a layer, without the scaling."""
+        return self.prepared(layer)
+
+    def factors(self) -> tuple[Float[Tensor, "d_out r_out"], Float[Tensor, "d_in r_in"]]:
+        """The matrices :math:`U` and :math:`V`."""
+        return (self.out_factor, self.in_factor) if self.fuses else (self.prepared(-2), self.prepared(-1))
 
     def _scaled_middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
         self.make_ready()
-        device = self.in_factor.device.type
-        if not torch.is_autocast_enabled(device):
-            return self.middle(layer) if self.scaling == 1 else self.scaling * self.middle(layer)
-        # Small, and a difference of nearly equal matrices: in its own precision, whatever autocast does to the rest.
-        with torch.autocast(device, enabled=False):
-            return self.scaling * self.middle(layer)
+        middle = self.middle(layer)
+        return middle if self.scaling == 1 else self.scaling * middle
 
     def delta_weight(self, layer: int) -> Float[Tensor, "d_out d_in"]:
         """``scaling * out_factor @ middle(layer) @ in_factor.T``."""
-        middle = self._scaled_middle(layer)
-        out_factor, in_factor = self.factors()
+        out_factor, middle, in_factor = self._in_one_dtype(layer)
         return out_factor @ middle @ in_factor.T
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """``(out_factor @ K_l, in_factor.T)`` or ``(out_factor, K_l @ in_factor.T)``, as the smaller rank asks."""
-        middle = self._scaled_middle(layer)
-        out_factor, in_factor = self.factors()
+        out_factor, middle, in_factor = self._in_one_dtype(layer)
         if middle.shape[1] <= middle.shape[0]:
             return out_factor @ middle, in_factor.T
         return out_factor, middle @ in_factor.T
+
+    def _in_one_dtype(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        middle = self._scaled_middle(layer)
+        out_factor, in_factor = self.factors()
+        return out_factor.to(middle.dtype), middle, in_factor.to(middle.dtype)
 
     def delta_output(self, layer: int, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """``x @ delta_weight(layer).T``, through the thin factors: ``(d_in + d_out) * r`` products a token."""
@@ -331,6 +382,16 @@ class FrozenBasesAdapter(FactoredStackAdapter):
         Raises:
             CraftError: they differ; says in what.
         """
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which small tensors are computed together: the widest of theirs, float32 at least.
+
+    Example:
+        >>> working_dtype(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.float16))
+        torch.float32
+    """
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 @contextmanager

@@ -27,14 +27,22 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from ..errors import CraftError
 from ..slices import Slices
 from ..tucker import Decomposition, Tucker, hosvd, project
-from ..weights import FINGERPRINT_NUMBERS, ReadWeights, StackShape, decomposed, weights_fingerprint
-from .base import FrozenBasesAdapter, StackAdapter
+from ..weights import (
+    FINGERPRINT_NUMBERS,
+    ReadWeights,
+    StackShape,
+    as_bits,
+    as_numbers,
+    decomposed,
+    weights_fingerprint,
+)
+from .base import FrozenBasesAdapter, StackAdapter, working_dtype
 
 TRANSFORMS = ("layer_transform", "out_transform", "in_transform")
 """The trained matrices, in the order of the modes (0: layers, 1: out, 2: in)."""
@@ -94,7 +102,7 @@ class CraftAdapter(FrozenBasesAdapter):
 
     core: Float[Tensor, "layer_rank out_rank in_rank"]
     layer_factor: Float[Tensor, "layers layer_rank"]
-    fingerprint: Float[Tensor, " numbers"]
+    fingerprint: Int32[Tensor, " numbers"]
     layer_transform: nn.Parameter | None
     out_transform: nn.Parameter | None
     in_transform: nn.Parameter | None
@@ -127,7 +135,7 @@ class CraftAdapter(FrozenBasesAdapter):
         self.register_buffer("core", torch.zeros(ranks), persistent=save_factors)
         for name, size, rank in zip(FACTORS, (shape.layers, *shape.matrix), ranks, strict=True):
             self.register_buffer(name, torch.zeros(size, rank), persistent=save_factors)
-        self.register_buffer("fingerprint", torch.zeros(shape.layers * FINGERPRINT_NUMBERS + sum(ranks)))
+        self.register_buffer("fingerprint", as_bits(torch.zeros(shape.layers * FINGERPRINT_NUMBERS + sum(ranks))))
         for name, sizes in _trained_sizes(shape, ranks, trained_modes, tying).items():
             if sizes is None:
                 self.register_parameter(name, None)
@@ -159,6 +167,11 @@ class CraftAdapter(FrozenBasesAdapter):
         """The `basis`, if it is one that is computed from batches."""
         return self.basis if self.basis in ("activations", "gradients") else None
 
+    @property
+    def derived_from(self) -> tuple[object, ...]:
+        """All that chooses the bases, and whether a file is going to hold them."""
+        return self.ranks, self.decomposition, self.basis, self.basis_seed, self.save_factors
+
     def set_bases(self, weights: Slices, directions: Slices) -> None:
         """Take the bases from the decomposition of other matrices than the weights, and the core from the weights."""
         factors = hosvd(directions, self.ranks, self.decomposition).factors
@@ -166,7 +179,7 @@ class CraftAdapter(FrozenBasesAdapter):
         self._set(weights, project(weights, factors))
 
     def _set(self, weights: Slices, tucker: Tucker) -> None:
-        fingerprint = torch.cat([weights_fingerprint(weights), _basis_fingerprint(tucker)])
+        fingerprint = as_bits(torch.cat([weights_fingerprint(weights), _basis_fingerprint(tucker)]))
         frozen = zip(("core", *FACTORS, "fingerprint"), (tucker.core, *tucker.factors, fingerprint), strict=True)
         for name, tensor in frozen:
             # A new tensor, not a copy into the old one: that may be on the meta device after an empty start.
@@ -182,7 +195,8 @@ class CraftAdapter(FrozenBasesAdapter):
         """The sum of the middle matrices, for ``tying="free"`` and adapters with the very same bases."""
         summands = [cast(CraftAdapter, adapter) for adapter in adapters]
         first = summands[0]
-        for adapter in summands:
+        first.make_ready()
+        for adapter in summands[1:]:
             adapter.make_ready()
             if any(not _equal(getattr(first, name), getattr(adapter, name)) for name in ("out_factor", "in_factor")):
                 raise CraftError(
@@ -190,24 +204,19 @@ class CraftAdapter(FrozenBasesAdapter):
                     "so have no sum among adapters on one basis. Keep them apart and make them active together "
                     "(`base_model.set_adapter([...])`), or export each to LoRA and add those."
                 )
-        self._deferred = None
-        for name in ("core", *FACTORS, "fingerprint"):
-            setattr(self, name, getattr(first, name).clone())
+        self.take_frozen(first)
         assert self.middles is not None, "the config of a sum has tying='free'"
         with torch.no_grad():
             for layer in range(self.shape.layers):
                 parts = (w * a._scaled_middle(layer) for w, a in zip(weights, summands, strict=True))
                 self.middles[layer] = sum(parts) / self.scaling
 
-    def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
-        r""":math:`K_l`: of the layer's own with ``tying="free"``, else one of `prepare`."""
-        self.make_ready()
-        return self.middles[layer] if self.middles is not None else self.prepared(layer)
-
-    def prepare(self) -> tuple[Tensor, ...]:
-        """All of `middles_of` what is trained."""
+    def layer_cores(self) -> Float[Tensor, "layers r_out r_in"]:
+        """The `middles_of` what is trained."""
+        if self.middles is not None:
+            return self.middles.clone()
         tensors = ((name, getattr(self, name)) for name in (*TRANSFORMS, *DIAGONALS))
-        return self.middles_of({name: tensor for name, tensor in tensors if tensor is not None}).unbind()
+        return self.middles_of({name: tensor for name, tensor in tensors if tensor is not None})
 
     def transforms(self) -> dict[str, Float[Tensor, "rank rank"]]:
         """The matrices J (identity plus what was trained) by name; the identity for a mode that is not trained."""
@@ -244,8 +253,8 @@ class CraftAdapter(FrozenBasesAdapter):
         except CraftError as error:
             raise CraftError(
                 f"{error} It was saved with save_factors=False, so its transforms would mean something else. Load it "
-                "on the very same base model, in the same dtype, or save it again with save_factors=True where it was "
-                "trained."
+                "on the very same base model, in the dtype that this had when the adapter was made, or save it again "
+                "with save_factors=True where it was trained."
             ) from None
 
     # Many adapters on the same bases: what `craft_peft.plugin.bank` and mixed batches ask for.
@@ -268,11 +277,12 @@ class CraftAdapter(FrozenBasesAdapter):
         """
         if "middles" in trained:
             return trained["middles"]
+        core, layer_factor, trained = self._in_one_dtype_with(trained)
         # As (out, layers, in): the products with the transforms are then one product each, not one a layer. And each is
         # of two matrices: PyTorch may sum a product of more modes in another order where no gradient is wanted.
-        start, moved = self._mixed(self.layer_factor).transpose(0, 1).contiguous(), None
+        start, moved = _mixed(layer_factor, core).transpose(0, 1).contiguous(), None
         if "layer_transform" in trained:
-            moved = self._mixed(self.layer_factor @ trained["layer_transform"]).transpose(0, 1).contiguous()
+            moved = _mixed(layer_factor @ trained["layer_transform"], core).transpose(0, 1).contiguous()
             start = start + moved
         if "out_transform" in trained:
             start, moved = _continued(start, moved, torch.tensordot(trained["out_transform"], start, dims=1))
@@ -283,9 +293,14 @@ class CraftAdapter(FrozenBasesAdapter):
             start, moved = _continued(start, moved, start * trained["in_diagonals"])
         return (torch.zeros_like(start) if moved is None else moved).transpose(0, 1)
 
-    def _mixed(self, weights: Float[Tensor, "*some r_layer"]) -> Float[Tensor, "*some r_out r_in"]:
-        """Sums of the core's slices."""
-        return (weights @ self.core.flatten(1)).unflatten(-1, self.core.shape[1:])
+    def _in_one_dtype_with(self, trained: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Core and layer factor, and trained tensors."""
+        dtype = working_dtype(self.core, self.layer_factor, *trained.values())
+        return (
+            self.core.to(dtype),
+            self.layer_factor.to(dtype),
+            {name: tensor.to(dtype) for name, tensor in trained.items()},
+        )
 
     def turn_rows(
         self, layer: int, hidden: Float[Tensor, "rows tokens r_in"], trained: Mapping[str, Tensor]
@@ -293,8 +308,9 @@ class CraftAdapter(FrozenBasesAdapter):
         r"""With :math:`e = E_3^\top z`: :math:`K_l z = D_l z + S_l e + E_2 (C_l(I) z + D_l z + S_l e)`."""
         if set(trained) != set(TRANSFORMS):
             return None
-        tokens, weights = hidden.shape[1], self.layer_factor[layer]
-        fixed, moving = self._mixed(weights), self._mixed(weights @ trained["layer_transform"])
+        core, layer_factor, trained = self._in_one_dtype_with(trained)
+        tokens, weights, hidden = hidden.shape[1], layer_factor[layer], hidden.to(core.dtype)
+        fixed, moving = _mixed(weights, core), _mixed(weights @ trained["layer_transform"], core)
         both = torch.cat([hidden, hidden @ trained["in_transform"]], dim=1)
         through_fixed, through_moving = both @ fixed.T, both @ moving.mT
         moved = through_moving[:, :tokens] + through_moving[:, tokens:] + through_fixed[:, tokens:]
@@ -314,11 +330,19 @@ class CraftAdapter(FrozenBasesAdapter):
         own = self.fingerprint
         if saved.shape != own.shape:
             raise CraftError("The adapter's number of layers or its ranks are not those here.")
-        weights, basis, saved = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks), saved.to(own)
+        own = as_numbers(own)
+        weights, basis, saved = self.shape.layers * FINGERPRINT_NUMBERS, sum(self.ranks), as_numbers(saved).to(own)
         if not torch.allclose(saved[:weights], own[:weights], rtol=1e-5, atol=0):
             raise CraftError("The base weights are not those that the adapter was trained with.")
         if not torch.allclose(saved[-basis:], own[-basis:], rtol=0, atol=1e-3):
             raise CraftError("The bases computed from the weights are not those that the adapter was trained with.")
+
+
+def _mixed(
+    weights: Float[Tensor, "*some r_layer"], core: Float[Tensor, "r_layer r_out r_in"]
+) -> Float[Tensor, "*some r_out r_in"]:
+    """Weighted sums of the core's slices."""
+    return (weights @ core.flatten(1)).unflatten(-1, core.shape[1:])
 
 
 def _continued(start: Tensor, moved: Tensor | None, turned: Tensor) -> tuple[Tensor, Tensor]:

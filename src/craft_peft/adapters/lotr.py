@@ -101,27 +101,30 @@ class LotrAdapter(FactoredStackAdapter):
         self._fill("core", core, (self.shape.layers, self.r, self.r))
         self._fill("in_factor", in_factor, (d_in, self.r))
 
+    @property
+    def derived_from(self) -> tuple[object, ...] | None:
+        """Rank and scaling choose the start, if that comes from the weights."""
+        return None if self.start_core is None else (self.r, self.scaling)
+
     def _fill(self, name: str, values: Tensor, size: tuple[int, ...]) -> None:
         filled = values.new_zeros(size)
         filled[tuple(slice(length) for length in values.shape)] = values
         # A new tensor, not a copy into the old one: that may be on the meta device after an empty start.
         setattr(self, f"start_{name}", filled.to(getattr(self, name).dtype))
 
-    def factors(self) -> tuple[Float[Tensor, "d_out r_out"], Float[Tensor, "d_in r_in"]]:
+    def layer_cores(self) -> Float[Tensor, "layers r_out r_in"]:
+        """The cores; with a start from the weights, the blocks of the expanded form."""
+        if self.start_core is None:
+            return self.core.clone()
+        top = torch.cat([self.start_core + self.core, torch.zeros_like(self.core)], 2)
+        return torch.cat([top, torch.cat([self.core, self.start_core], 2)], 1)
+
+    def whole_factors(self) -> tuple[Float[Tensor, "d_out r_out"], Float[Tensor, "d_in r_in"]]:
         """The shared factors; with a start from the weights, side by side with their start and change."""
         if self.start_out_factor is None or self.start_in_factor is None:
             return self.out_factor, self.in_factor
         now = self.start_in_factor + self.in_factor
         return torch.cat([self.out_factor, self.start_out_factor], 1), torch.cat([now, self.in_factor], 1)
-
-    def middle(self, layer: int) -> Float[Tensor, "r_out r_in"]:
-        """The matrix's own core; with a start from the weights, the blocks of the expanded form."""
-        change = self.core[layer]
-        if self.start_core is None:
-            return change
-        start = self.start_core[layer]
-        top = torch.cat([start + change, torch.zeros_like(change)], 1)
-        return torch.cat([top, torch.cat([change, start], 1)])
 
     def extra_repr(self) -> str:
         """Sizes and rank, for `print(model)`."""

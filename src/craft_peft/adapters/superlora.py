@@ -30,7 +30,7 @@ from ..fastfood import Fastfood, random_permutation
 from ..folding import Folding, Kind
 from ..fused import thin_dtype
 from ..weights import ReadWeights, StackShape
-from .base import StackAdapter
+from .base import StackAdapter, working_dtype
 
 
 class SuperLoraAdapter(StackAdapter):
@@ -121,8 +121,12 @@ class SuperLoraAdapter(StackAdapter):
     def initialise(self, read_weights: ReadWeights) -> None:
         """Nothing is taken from the weights."""
 
-    def prepare(self) -> tuple[Float[Tensor, "d_out d_in"], ...]:
-        r""":math:`\Delta W` of all layers. Cost: r products an entry and split, and what F costs."""
+    def prepare(self) -> tuple[Tensor, ...]:
+        r""":math:`\Delta W` of all layers, or their thin pairs. Cost: r products per entry and split, and that of F."""
+        if self._thin is not None:
+            numbers = range(len(self.kinds))
+            sides = [[self._wide(f"factor_{number}_0_{side}") for number in numbers] for side in (0, 1)]
+            return tuple(factors[number][row] for factors in sides for number, row in self._thin)
         groups = [self._groups(number, kind) for number, kind in enumerate(self.kinds)]
         if len(groups) == 1:
             vector = groups[0].flatten()
@@ -149,10 +153,10 @@ class SuperLoraAdapter(StackAdapter):
         ranks = [1 + mode if dense else 1 for mode in range(order)]
         sizes = [1 + order + mode for mode in range(order)]
         ranks = [sizes[mode] if mode in self.folding.identity_modes else rank for mode, rank in enumerate(ranks)]
-        operands: list[Any] = [getattr(self, f"core_{label}"), [0, *ranks]] if dense else []
+        operands: list[Any] = [self._wide(f"core_{label}"), [0, *ranks]] if dense else []
         for mode in range(order):
             if mode not in self.folding.identity_modes:
-                operands += [getattr(self, f"factor_{label}_{mode}"), [0, sizes[mode], ranks[mode]]]
+                operands += [self._wide(f"factor_{label}_{mode}"), [0, sizes[mode], ranks[mode]]]
         if first:
             operands[0] = self.scaling * operands[0]
         return torch.einsum(*operands, [0, *sizes])
@@ -169,7 +173,8 @@ class SuperLoraAdapter(StackAdapter):
     def _project(self, number: int, folded: Float[Tensor, "groups needed"]) -> Float[Tensor, "groups entries"]:
         if not self._fastfoods:
             return folded
-        fastfood = self._fastfoods[number].to(folded)
+        with torch.inference_mode(False):  # it is kept, and training may come after
+            fastfood = self._fastfoods[number].to(folded)
         if not torch.compiler.is_compiling():  # a compiled graph must not change what it was compiled for
             self._fastfoods[number] = fastfood
         return fastfood(folded, self.kinds[number].entries)
@@ -177,7 +182,8 @@ class SuperLoraAdapter(StackAdapter):
     def _permute(self, vector: Float[Tensor, " entries"]) -> Float[Tensor, " entries"]:
         if self._permutation is None:
             return vector
-        permutation = self._permutation.to(vector.device)
+        with torch.inference_mode(False):
+            permutation = self._permutation.to(vector.device)
         if not torch.compiler.is_compiling():
             self._permutation = permutation
         return vector[permutation]
@@ -221,9 +227,12 @@ class SuperLoraAdapter(StackAdapter):
         return [places[place][:2] for place in range(len(places))]
 
     def _thin_pair(self, layer: int) -> tuple[Tensor, Tensor]:
-        assert self._thin is not None
-        number, row = self._thin[layer]
-        return getattr(self, f"factor_{number}_0_0")[row], getattr(self, f"factor_{number}_0_1")[row]
+        return self.prepared(layer), self.prepared(self.shape.layers + layer)
+
+    def _wide(self, name: str) -> Tensor:
+        """A trained tensor in float32 at least; a new one."""
+        parameter = getattr(self, name)
+        return parameter.to(working_dtype(parameter), copy=True)
 
     def extra_repr(self) -> str:
         """Sizes, rank and folding, for `print(model)`."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..adapters.craft import TRANSFORMS
 from ..errors import CraftError
-from ..weights import FINGERPRINT_NUMBERS
+from ..weights import FINGERPRINT_NUMBERS, as_numbers
 
 FIELD = "adapter_figures"
 MODES = ("layer", "out", "in")
@@ -84,7 +84,7 @@ def _energy(tensors: dict[str, torch.Tensor]) -> float | None:
     if core is None or fingerprint is None:
         return None
     layers = (len(fingerprint) - sum(core.shape)) // FINGERPRINT_NUMBERS
-    norms = fingerprint[: layers * FINGERPRINT_NUMBERS : FINGERPRINT_NUMBERS].double()
+    norms = as_numbers(fingerprint)[: layers * FINGERPRINT_NUMBERS : FINGERPRINT_NUMBERS].double()
     whole = norms.square().sum().item()
     return core.double().square().sum().item() / whole if whole > 0 else None
 

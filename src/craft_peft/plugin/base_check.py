@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CraftError
-from ..weights import FINGERPRINT_NUMBERS, StackShape, fixed_entries
+from ..weights import FINGERPRINT_NUMBERS, StackShape, as_numbers, fixed_entries
 from .config import StackConfig
 from .quantization import quantization_of
 from .stacks import Stack
@@ -90,7 +90,7 @@ def same_weights(saved: Tensor, present: Tensor, layers: list[int], shape: Stack
             rounding of bfloat16, which a single step of training breaks (one of AdamW at 2e-5 moved 2 of 18 entries of
             the queries of all-MiniLM-L6-v2 farther). If so, only another model is told apart, not one trained a little.
     """
-    numbers = saved[: shape.layers * FINGERPRINT_NUMBERS].float().cpu().reshape(shape.layers, -1)[layers]
+    numbers = as_numbers(saved)[: shape.layers * FINGERPRINT_NUMBERS].cpu().reshape(shape.layers, -1)[layers]
     norms, entries = numbers[:, :1], numbers[:, 1:]
     if not quantised:
         half = torch.finfo(torch.float16)

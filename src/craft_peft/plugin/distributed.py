@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
@@ -92,6 +92,20 @@ def check_engine(adapter: StackAdapter) -> None:
             "of an adapter in parts, one for each of the layers that share it, and DDP, FSDP and ZeRO may send the "
             "first part for the whole. Use the other kind of checkpoints: "
             '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+        )
+
+
+def refuse_replicas(layer: nn.Module) -> None:
+    """Call it in an adapted layer's forward: refuse `torch.nn.DataParallel`, which copies modules one by one.
+
+    Raises:
+        CraftError: the layer is such a copy: it would use the adapter on the first device.
+    """
+    if getattr(layer, "_is_replica", False):
+        raise CraftError(
+            "torch.nn.DataParallel, which Trainer uses by itself on a machine with several GPUs, copies layers without "
+            "the adapter that they share. Start one process per GPU instead (`accelerate launch script.py`, or "
+            "`torchrun`), or show the program one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
 from ..fused import thin_dtype
-from .distributed import check_engine
+from .distributed import check_engine, refuse_replicas
 from .quantization import adapter_place, read_weight, write_weight
 from .rows import MixedBatch
 from .stacks import oriented, weight_shape
@@ -141,8 +141,10 @@ class StackedLinear(nn.Module, BaseTunerLayer):
             kwargs: passed on to the base layer.
 
         Raises:
-            CraftError: `adapter_names` of another length than the batch, or while an adapter is merged.
+            CraftError: `adapter_names` of another length than the batch, or while an adapter is merged; in a replica
+                of `torch.nn.DataParallel`.
         """
+        refuse_replicas(self)
         if self.disable_adapters and self.merged:
             self.unmerge()
         rows = self.rows if adapter_names is None else MixedBatch(adapter_names)

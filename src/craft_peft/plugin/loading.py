@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
 
 from ..errors import CraftError
+from ..weights import as_bits
 from .adapter_files import read_config, read_tensors
 from .folders import written_at_once
 
@@ -72,6 +74,7 @@ def load_adapter(
             except RuntimeError:  # a start that PEFT computes from the weights, as PiSSA's
                 model, empty = _with_adapter(base_model, config, adapter_name, empty=False), False
             wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+            tensors = {name: _as_in(wanted.get(name), tensor) for name, tensor in tensors.items()}
             _check_fit(wanted, tensors)
             set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=empty)
             _check_filled(model, adapter_name)
@@ -118,6 +121,15 @@ def _with_adapter(base_model: nn.Module, config: PeftConfig, adapter_name: str, 
         return base_model
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     return kind(base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=empty)
+
+
+def _as_in(place: Tensor | None, tensor: Tensor) -> Tensor:
+    """A saved tensor in the dtype of its place: an empty place takes it as it is, where a filled one would cast it."""
+    if place is None or not tensor.is_floating_point():
+        return tensor
+    if place.dtype == torch.int32:  # a fingerprint, which version 0.1.0 saved as numbers
+        return as_bits(tensor)
+    return tensor.to(place.dtype) if place.is_floating_point() else tensor
 
 
 def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -81,11 +81,21 @@ class StackTuner(BaseTuner):
         is_loaded = peft_config._read_from_file or self._low_cpu_mem_usage or self._saved_modules is not None
         check = BaseCheck.between(peft_config, self.model)
         progress = Progress(len(stacks))
+        adapted = {module.get_base_layer(): module for module in model.modules() if isinstance(module, StackedLinear)}
         for stack, adapter in zip(stacks, adapters, strict=True):
             _place(adapter, stack, self._low_cpu_mem_usage)
             adapter.watch_loading(partial(check.compare, stack))
-            if is_loaded and (peft_config.saves_what_it_derived or stack.is_empty):
-                adapter.defer(stack.read_weights)
+            waits = is_loaded and (peft_config.saves_what_it_derived or stack.is_empty)
+            twin = _twin_of(adapter, stack, adapted)
+            if waits or twin is not None:
+                fill = (
+                    partial(adapter.initialise, stack.read_weights)
+                    if twin is None
+                    else partial(adapter.take_frozen, twin)
+                )
+                adapter.defer(fill)
+                if not (waits or twin.is_deferred):
+                    adapter.make_ready()
             else:
                 initialise(adapter, partial(stack.read_weights, progress))
             for layer, key in enumerate(stack.keys):
@@ -240,6 +250,17 @@ def _check_rank_pattern(config: StackConfig, targets: Collection[tuple[str, nn.M
                 f"`rank_pattern` has ranks for '{pattern}', which matches no target module, or only such that an "
                 f"earlier pattern matches. The target modules are {keys}."
             )
+
+
+def _twin_of(adapter: StackAdapter, stack: Stack, adapted: Mapping[nn.Module, StackedLinear]) -> StackAdapter | None:
+    """An adapter that the same stack has already, with the very frozen tensors that this one is to have; or None."""
+    places: list[Any] = [adapted[module].slots if module in adapted else {} for module in stack.modules]
+    for name, slot in places[0].items():
+        twin, wanted = slot.adapter, (type(adapter), adapter.shape, adapter.derived_from)
+        same_layers = (name in slots and slots[name].adapter is twin for slots in places)
+        if adapter.derived_from and (type(twin), twin.shape, twin.derived_from) == wanted and all(same_layers):
+            return twin
+    return None
 
 
 def _place(adapter: StackAdapter, stack: Stack, low_cpu_mem_usage: bool) -> None:
