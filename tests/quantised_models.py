@@ -7,15 +7,17 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.functional import get_4bit_type
 from small_models import bert
 from torch import Tensor
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import BertForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
+from transformers import BertForSequenceClassification, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+HEADS = ["classifier", "lm_head"]
 WIDTH = 64  # bitsandbytes quantises to 4 bits in blocks of 64
 
 
@@ -38,12 +40,14 @@ class Backend:
     rounding: Callable[[Tensor], Tensor] | None = None
     rounds_inputs: bool = False
 
-    def quantise(self, model: BertForSequenceClassification) -> BertForSequenceClassification:
+    def quantise(self, model: Model) -> Model:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            quantised = BertForSequenceClassification.from_pretrained(
-                folder, quantization_config=self.config(), dtype=self.dtype, device_map="cpu"
-            ).eval()
+            quantised = (
+                type(model)
+                .from_pretrained(folder, quantization_config=self.config(), dtype=self.dtype, device_map="cpu")
+                .eval()
+            )
         quantised.name_or_path = quantised.config._name_or_path = ""  # the folder is gone
         return quantised
 
@@ -75,15 +79,13 @@ def half_the_widest_gap_of_nf4(weight: Tensor) -> Tensor:
 
 
 def _four_bits(**fields: Any) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["classifier"], **fields
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=HEADS, **fields)
 
 
 BACKENDS = [
     Backend(
         "bnb 8bit",
-        lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier"]),
+        lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS),
         rounding=half_a_step_of_int8_in_float16,
         rounds_inputs=True,
     ),
@@ -99,7 +101,7 @@ BACKENDS = [
     ),
     Backend(
         "torchao",
-        lambda: TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"]),
+        lambda: TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=HEADS),
         rounding=half_a_step_of_int8,
     ),
 ]

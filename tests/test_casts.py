@@ -312,4 +312,3 @@ def test_a_bank_takes_adapters_in_inference_mode(tmp_path):
     bank.load(tmp_path / "one", "later")
     with bank.use("later"):
         assert_close(logits(model), logits(PeftModel.from_pretrained(bert(), tmp_path / "one")), products=1000)
-
