@@ -123,6 +123,10 @@ def variants(engine: str) -> dict[str, list[AbstractContextManager]]:
         "reentrant": [base_becomes(partial(checkpointed, reentrant=True))],
         "not reentrant": [base_becomes(partial(checkpointed, reentrant=False))],
     }
+    found["mixed precision"] = [patch.dict(os.environ, ACCELERATE_MIXED_PRECISION="bf16")]
+    if engine == "zero3":  # it reads the base in bfloat16, and takes what is trained in one dtype only, of any method
+        in_one_dtype = partial(example.get_peft_model, autocast_adapter_dtype=False)
+        found["mixed precision"].append(patch.object(example, "get_peft_model", in_one_dtype))
     if engine == "ddp":
         found["other weights"] = [base_becomes(other_on_other_processes)]
     if engine == "fsdp2":

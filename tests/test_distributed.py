@@ -194,6 +194,15 @@ def test_reentrant_checkpoints_are_refused(engine, method):
         assert 'gradient_checkpointing_kwargs={"use_reentrant": False}' in report["reentrant"]
 
 
+@for_engines()
+@for_varied_methods
+def test_mixed_precision_loses_what_its_rounding_loses(engine, method):
+    """FSDP casts parameters and buffers, DeepSpeed the whole model, DDP nothing."""
+    for report in engine.reports(method):
+        found, expected = torch.tensor(report["mixed precision"]), torch.tensor(engine.expected(method)["losses"])
+        assert ((found - expected).abs() <= 8 * torch.finfo(torch.bfloat16).eps * expected).all()
+
+
 @for_engines("ddp")
 @for_varied_methods
 def test_ddp_makes_processes_equal_that_began_with_other_weights(engine, method):
