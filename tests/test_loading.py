@@ -12,6 +12,7 @@ from method_table import METHODS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_models import bert, logits
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from craft_peft import CraftConfig, CraftError, load_adapter, save_adapter
 
@@ -222,3 +223,34 @@ def test_saving_another_adapter_than_the_default(tmp_path, saved):
     assert torch.equal(logits(load_adapter(base, tmp_path / "second")), logits(model.eval()))
     with pytest.raises(CraftError, match="no adapter 'third'"):
         save_adapter(model, tmp_path / "third", "third")
+
+
+def test_a_field_of_a_newer_peft_is_not_blamed_on_this_package(folder, saved):
+    config = json.loads((folder / CONFIG).read_text())
+    config["field_of_a_newer_peft"] = None
+    config["peft_version"] = "9.9"
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CraftError, match=r"craft-peft 0\.\S+ \(here 0\.\S+\) and peft 9\.9 \(here 0\.\S+\)\. Update"):
+        load_adapter(copy.deepcopy(saved[2]), folder)
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **sizes)).eval()
+
+
+@every_method
+@pytest.mark.parametrize("resized", [True, False], ids=["a resized vocabulary", "an adapted head"])
+def test_embeddings_that_peft_saves_beside_an_adapter_are_loaded(method, resized, tmp_path):
+    base, targets = llama(), ["q_proj", "v_proj"]
+    if resized:
+        base.resize_token_embeddings(53)
+    config = method.config(task_type="CAUSAL_LM", target_modules=targets, init_weights=False)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    fresh = llama()
+    if resized:
+        torch.manual_seed(9)
+        fresh.resize_token_embeddings(53)
+    assert torch.equal(logits(load_adapter(fresh, tmp_path)), logits(model))

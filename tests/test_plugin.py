@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -436,3 +437,61 @@ def test_safe_merge_refuses_a_broken_adapter():
     layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
     assert torch.equal(layer.base_layer.weight, base.bert.encoder.layer[0].attention.self.query.weight)
     assert not layer.merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields as tools make them, names, and weights that nothing can be learned from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ranks": tuple(np.array([2, 8, 8]))},
+        {"ranks": np.array([2, 8, 8])},
+        {"ranks": torch.tensor([2, 8, 8])},
+        {"alpha": np.float32(2)},
+        {"target_modules": ("query", "value")},
+        {"exclude_modules": ("key",)},
+        {"layers_to_transform": (0, 1), "layers_pattern": ("layer",)},
+        {"rank_pattern": {"query": np.array([2, 4, 4])}},
+        {"trained_modes": np.array([1, 2])},
+        {"trainable_token_indices": np.array([1, 2])},
+    ],
+    ids=str,
+)
+def test_fields_of_numpy_and_tuples_are_plain_ones(fields, tmp_path):
+    config = CraftConfig(**{"target_modules": ["query"], **fields})
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    json.dumps({name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()})
+
+
+@pytest.mark.parametrize("name", ["v1.0", "", "keys"])
+@pytest.mark.filterwarnings("ignore:Adapter name '' should not:UserWarning")
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_name_that_no_module_can_have_is_refused_before_anything_changes(method, name):
+    base = bert()
+    before = {path: type(module) for path, module in base.named_modules()}
+    with pytest.raises(CraftError, match="cannot be called"):
+        get_peft_model(base, method.config(target_modules=TARGETS), adapter_name=name)
+    assert {path: type(module) for path, module in base.named_modules()} == before
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_weights_of_zero_are_refused_where_nothing_could_be_learned(method):
+    base = bert()
+    for name, parameter in base.named_parameters():
+        if ".query.weight" in name:
+            parameter.data.zero_()
+    try:
+        model = get_peft_model(base, method.config(target_modules=TARGETS))
+    except CraftError as error:
+        assert "all zero" in str(error) and "exclude_modules" in str(error)
+        return
+    for _ in range(2):  # at the start some gradients are zero
+        model.zero_grad()
+        model(tokens(), labels=torch.tensor([0, 1])).loss.backward()
+        for parameter in (p for n, p in model.named_parameters() if f".{method.name}_" in n):
+            parameter.data -= parameter.grad * 10
+    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if f"query.{method.name}_" in n)

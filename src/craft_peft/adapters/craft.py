@@ -179,6 +179,11 @@ class CraftAdapter(FrozenBasesAdapter):
         self._set(weights, project(weights, factors))
 
     def _set(self, weights: Slices, tucker: Tucker) -> None:
+        if self.middles is None and not tucker.core.any():
+            raise CraftError(
+                "The weights of the stack are all zero, so its core is too, and whatever multiplies it adds nothing, "
+                "for ever. Leave these modules out with `exclude_modules`, or use tying='free', which adds to the core."
+            )
         fingerprint = as_bits(torch.cat([weights_fingerprint(weights), _basis_fingerprint(tucker)]))
         frozen = zip(("core", *FACTORS, "fingerprint"), (tucker.core, *tucker.factors, fingerprint), strict=True)
         for name, tensor in frozen:

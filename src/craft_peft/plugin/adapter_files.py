@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,13 @@ def read_config(folder: Path) -> PeftConfig:
         raise CraftError(f"{path} has the unknown method {found['peft_type']!r}. Known are {known}.")
     unknown = sorted(set(found) - set(kind.__dataclass_fields__))
     if unknown:
-        wrote = found.get("craft_peft_version") or found.get("peft_version") or "an unknown version"
+        versions = [
+            f"{name} {found.get(field) or 'of an unknown version'} (here {version(name)})"
+            for name, field in (("craft-peft", "craft_peft_version"), ("peft", "peft_version"))
+        ]
         raise CraftError(
-            f"{path} has fields that this version does not know: {', '.join(map(repr, unknown))}. It was written by "
-            f"{wrote}; install that version or a later one."
+            f"{path} has fields that are not known here: {', '.join(map(repr, unknown))}. It was written by "
+            f"{' and '.join(versions)}. Update what is older here."
         )
     for field, pattern in _patterns(found):
         _check_pattern(path, field, pattern)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -85,6 +85,9 @@ class StackConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.__dataclass_fields__:
+            setattr(self, name, _plain(getattr(self, name)))
+        self._canonicalise()
         # A config that was read from a file comes with a version. Its adapter is about to be loaded, so what the file
         # holds need not be computed first (`StackAdapter.defer`).
         self._read_from_file = self.craft_peft_version is not None
@@ -100,6 +103,9 @@ class StackConfig(PeftConfig):
             check_types(self)
             raise
         check_types(self)
+
+    def _canonicalise(self) -> None:
+        """Give fields their one form, from any in which users and files have them; sequences come as lists."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT, which saves the tensors first: with their checksum."""
@@ -168,6 +174,17 @@ class StackConfig(PeftConfig):
     def saves_what_it_derived(self) -> bool:
         """Whether a saved adapter holds everything that `initialise` computes from the base weights."""
         return True
+
+
+def _plain(value: Any) -> Any:
+    """Plain Python for what comes from numpy, YAML tools or searches: they are written as JSON, and compared."""
+    if callable(getattr(value, "tolist", None)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, set | frozenset):
+        return {_plain(part) for part in value}
+    return [_plain(part) for part in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def check_whole_number(field_name: str, value: Any) -> None:

@@ -82,10 +82,12 @@ class CraftConfig(StackConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType["CRAFT"]  # registered on import of the package
+        super().__post_init__()
+
+    def _canonicalise(self) -> None:
         self.ranks = _as_tuple(self.ranks)
         self.rank_pattern = {pattern: _as_tuple(ranks) for pattern, ranks in self.rank_pattern.items()}
         self.trained_modes = tuple(self.trained_modes)
-        super().__post_init__()
 
     def _check_fields(self) -> None:
         super()._check_fields()
@@ -171,7 +173,7 @@ class CraftConfig(StackConfig):
 
 
 def _as_tuple(ranks: Any) -> Any:
-    return tuple(ranks) if isinstance(ranks, list) else ranks  # as JSON has them
+    return tuple(ranks) if isinstance(ranks, list) else ranks
 
 
 def _check_ranks(field_name: str, ranks: Any) -> None:

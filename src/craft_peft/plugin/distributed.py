@@ -29,7 +29,9 @@ _handled: WeakSet[DistributedDataParallel] = WeakSet()
 
 
 def whole(weight: Tensor) -> Tensor:
-    """The weight in full: a copy where ZeRO-3 has split it over the processes, which then all have to call this."""
+    """The weight in full: a copy where an engine has split it over the processes, which then all have to call this."""
+    if hasattr(weight, "full_tensor"):  # a DTensor, of FSDP 2 or tensor parallelism
+        return weight.full_tensor()
     if not hasattr(weight, "ds_id"):
         return weight
     with gather_params_ctx(weight):

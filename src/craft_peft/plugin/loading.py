@@ -74,6 +74,9 @@ def load_adapter(
             except RuntimeError:  # a start that PEFT computes from the weights, as PiSSA's
                 model, empty = _with_adapter(base_model, config, adapter_name, empty=False), False
             wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+            if set(tensors) - set(wanted) and hasattr(model.get_base_model(), "get_input_embeddings"):
+                # PEFT saves the embeddings beside an adapter, if they have changed
+                wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
             tensors = {name: _as_in(wanted.get(name), tensor) for name, tensor in tensors.items()}
             _check_fit(wanted, tensors)
             set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=empty)

@@ -94,10 +94,12 @@ class SuperLoraConfig(StackConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType["SUPERLORA"]
-        self.identity_modes = tuple(self.identity_modes)
-        if isinstance(self.sizes, list | tuple):  # lists, as JSON has them
-            self.sizes = tuple(tuple(size) if isinstance(size, list | tuple) else size for size in self.sizes)
         super().__post_init__()
+
+    def _canonicalise(self) -> None:
+        self.identity_modes = tuple(self.identity_modes)
+        if isinstance(self.sizes, list):
+            self.sizes = tuple(tuple(size) if isinstance(size, list) else size for size in self.sizes)
 
     @classmethod
     def lora(cls, r: int = 8, **fields: Any) -> SuperLoraConfig:

@@ -48,6 +48,10 @@ class StackTuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """As in PEFT. See `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
+        try:
+            nn.ModuleDict({adapter_name: nn.Identity()})
+        except KeyError as error:
+            raise CraftError(f"An adapter cannot be called {adapter_name!r}: {error.args[0]}.") from None
         if self.bank is not None:
             self.bank.refuse_name(adapter_name)
         self._served = None
