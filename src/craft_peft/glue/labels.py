@@ -124,15 +124,16 @@ class LabelColumn:
         if wrong:
             known = ", ".join(f"`{name}`" for name in names)
             advice = "Correct the row, or check that the task is the right one."
-            if all(as_number(name) is not None for name in (*names, wrong[0].cell)):
+            if not _is_whole(wrong[0].cell) and all(as_number(name) is not None for name in names):
                 advice += ' Scores need a run that is trained with `kind="regression"`.'
             raise self._error(wrong, "unknown label {}.", f"Known labels: {known}. {advice}")
         other = [label for label in labels if label.cell != names[found[label.cell]]]
         if other:
-            classes = ", ".join(f"`{names[place]}`" for place in sorted({found[label.cell] for label in other})[:SHOWN])
+            places = sorted({found[label.cell] for label in other})
+            classes = ", ".join(f"`{names[place]}`" for place in places[:SHOWN])
             notes.append(
                 f"{self.table.path}: labels that are equal as numbers are one class: {list_cells(other)} count as "
-                f"{classes}."
+                f"{classes}{' and others' if len(places) > SHOWN else ''}."
             )
         return [found[label.cell] for label in labels]
 
