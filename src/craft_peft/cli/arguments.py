@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 
@@ -54,3 +55,15 @@ def named_value(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def name_options(message: str) -> str:
+    """A message of the library, which names arguments as Python does, with the options of the command line.
+
+    Example:
+        >>> name_options('Say `kind="classification"`.')
+        'Say `--kind classification`.'
+    """
+    return re.sub(
+        r'`(\w+)="(\w+)"`', lambda found: f"`--{found[1].replace('_', '-')} {found[2]}`", message, flags=re.ASCII
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from ..glue.tasks import TASKS
 from .arguments import words
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     trained = load_trained(arguments.folder, arguments.model)
     data = read_for(trained, arguments.task, arguments.data, arguments.text_columns, arguments.label_column)
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
     metrics = evaluate(trained, data)
     if arguments.json:
         print(json.dumps({"metrics": metrics, "score": mean_score(metrics)}))

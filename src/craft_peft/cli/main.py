@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ..errors import CraftError
 from . import demo, evaluate, export, inspect, params, predict, report, sweep, train
+from .arguments import name_options
 
 COMMANDS = (train, sweep, evaluate, predict, report, params, inspect, export, demo)
 EXTRAS = {
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CraftError as error:
         # Under `accelerate launch` all processes find the same mistake.
         rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {name_options(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ examples:
     craft-peft predict runs/rte --text "It rains in Rome." --text-pair "Rome is wet."
 
   A table (.csv, .tsv, .jsonl: the text columns of training), a text file with one text a line (pairs: a tab
-  between the two), or standard input in the same form:
+  between the two), or standard input in the same form. Every row has its answer, in order, empty ones too:
     craft-peft predict runs/rte glue_data/RTE/test.tsv --json > predicted.jsonl
     echo "A joy from start to finish." | craft-peft predict runs/reviews
 
@@ -26,6 +27,11 @@ examples:
     craft-peft predict --glue-submission submission.zip --data glue_data --fill-missing \\
       --task-run rte=runs/rte-seed0 --task-run stsb=runs/stsb-seed3
 """
+
+OTHER_TABLES = (".json", ".ndjson", ".parquet", ".ods", ".xls", ".xlsx")
+"""Endings of tables that cannot be read, and whose lines are no texts."""
+
+LINE_END = re.compile(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -90,10 +96,15 @@ def run(arguments: argparse.Namespace) -> int:
     for row, prediction in zip(rows, predictions, strict=True):
         if arguments.json:
             given = dict(zip(("text", "text_pair"), row, strict=False))
-            print(json.dumps(given | prediction.fields(), ensure_ascii=False))
+            print(_one_line(json.dumps(given | prediction.fields(), ensure_ascii=False)))
         else:
-            print("\t".join((str(prediction), *row)))
+            print(_one_line("\t".join((str(prediction), *row))))
     return 0
+
+
+def _one_line(answer: str) -> str:
+    """An answer on one line, with what some reader takes for the end of one written as in JSON."""
+    return LINE_END.sub(lambda found: json.dumps(found[0])[1:-1], answer)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -141,33 +152,40 @@ def _given(texts: list[str], pairs: list[str] | None) -> list[tuple[str, ...]]:
 
 
 def _read(file: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    from ..glue.tables import FORMATS, read_table, read_text
+    from ..glue.tables import FORMATS, decode, name_lines, read_table, read_text
 
     if file == "-":
         if sys.stdin.isatty():
             raise CraftError("No text was given. Give --text, a file, or texts on standard input.")
-        return _lines("standard input", sys.stdin.read(), columns)
-    path = Path(file)
-    if path.suffix not in FORMATS:
-        return _lines(file, read_text(path), columns)
-    table = read_table(path)
-    table.require(columns)
-    return [tuple(row.fields[column] for column in columns) for row in table.rows]
+        file = "standard input"
+        rows = _lines(file, decode(file, _standard_input()), columns)
+    elif (path := Path(file)).suffix.lower() in (*FORMATS, *OTHER_TABLES):
+        table = read_table(path)
+        table.require(columns)
+        rows = [(row.line, tuple(row.fields[column] for column in columns)) for row in table.every_row()]
+    else:
+        rows = _lines(file, read_text(path), columns)
+    empty = [line for line, texts in rows if not any(text.strip() for text in texts)]
+    if empty:
+        print(f"note: {file}, {name_lines(empty)}: no text; answered like every other row.", file=sys.stderr)
+    return [texts for _, texts in rows]
 
 
-def _lines(name: str, text: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+def _standard_input() -> bytes:
+    stream = getattr(sys.stdin, "buffer", None)  # a program that puts another stream in its place may have text alone
+    return sys.stdin.read().encode("utf-8", "surrogatepass") if stream is None else stream.read()
+
+
+def _lines(name: str, text: str, columns: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+    from ..glue.tables import split_lines
+
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removesuffix("\r")
-        if not line.strip():
-            continue
-        row = tuple(line.split("\t")) if len(columns) == 2 else (line,)
+    for number, line in enumerate(split_lines(text), start=1):
+        row = tuple(line.split("\t")) if len(columns) == 2 and line else (line,) * len(columns)
         if len(row) != len(columns):
             raise CraftError(
                 f"{name}, line {number}: {len(row)} texts, but the model was trained on pairs. Put two texts on each "
                 "line, with a tab between them."
             )
-        rows.append(row)
-    if not rows:
-        raise CraftError(f"{name} holds no text. Give at least one.")
+        rows.append((number, row))
     return rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +10,8 @@ import datasets
 import numpy as np
 
 from ..errors import CraftError
-from .tables import FORMATS, Row, Table, read_table
+from .labels import LabelColumn
+from .tables import FORMATS, Table, name_lines, read_table
 from .tasks import Task
 
 HUB_NAME = "nyu-mll/glue"
@@ -75,7 +74,8 @@ def read_own(
         text_columns: One column of text, or two for pairs.
         label_column: The column of labels or scores.
         kind: "classification", "regression", or "auto": a regression when every label is a number and at least one
-            is not whole, else a classification.
+            is not whole, else a classification. "auto" refuses cells of which only you can say what they are: `nan`,
+            `inf`, `N/A` and decimal commas anywhere, and words where nearly all labels are numbers and not all whole.
         task: What an earlier run was trained for: its labels and kind are used instead of new ones.
 
     Returns:
@@ -103,11 +103,12 @@ def read_own(
         table = read_table(Path(train))
         if task is None:
             task = _own_task(table, tuple(text_columns), label_column, kind, notes)
-        train_set = _to_dataset(task, table)
+        train_set = _to_dataset(task, table, notes)
     if task is None:
         raise CraftError("Without a training table the labels are unknown. Give a training table or a trained run.")
     if dev is not None:
-        return TextData(task, train_set, {"dev": _to_dataset(task, read_table(Path(dev)))}, tuple(notes))
+        dev_set = _to_dataset(task, read_table(Path(dev)), notes)
+        return TextData(task, train_set, {"dev": dev_set}, tuple(notes))
     if train_set is None:
         raise CraftError("No data was given. Give the path of a `.csv`, `.tsv` or `.jsonl` table.")
     train_set, dev_set = hold_out(train_set, DEV_SHARE)
@@ -206,16 +207,21 @@ def _read_file(task: Task, path: Path, notes: list[str]) -> datasets.Dataset:
     if table.broken:
         lines = ", ".join(str(line) for line in table.broken[:5])
         notes.append(f"{path}: {len(table.broken)} rows with a wrong number of fields left out (lines {lines} ...).")
-    return _to_dataset(task, table)
+    return _to_dataset(task, table, notes)
 
 
-def _to_dataset(task: Task, table: Table) -> datasets.Dataset:
+def _to_dataset(task: Task, table: Table, notes: list[str]) -> datasets.Dataset:
     table.require((*task.text_columns, task.label_column))
+    if table.blank:
+        notes.append(f"{table.path}: blank lines are no rows, and left out ({name_lines(table.blank)}).")
     names = ("text", "text_pair")
     columns: dict[str, list] = {
         name: [row.fields[column] for row in table.rows] for name, column in zip(names, task.text_columns, strict=False)
     }
-    columns["label"] = _numbers(task, table)
+    labels = LabelColumn(table, task.label_column)
+    columns["label"] = (
+        labels.read_scores() if task.is_regression else labels.read_classes(task.file_labels or task.labels, notes)
+    )
     return datasets.Dataset.from_dict(columns, features=_features(task))
 
 
@@ -225,82 +231,16 @@ def _features(task: Task) -> datasets.Features:
     return datasets.Features({**texts, "label": label})
 
 
-def _numbers(task: Task, table: Table) -> list[float] | list[int]:
-    if task.is_regression:
-        return [_score(task, table, row) for row in table.rows]
-    known = {label: number for number, label in enumerate(task.file_labels or task.labels)}
-    numbers = []
-    for row in table.rows:
-        label = _label(task, table, row)
-        if label not in known:
-            raise CraftError(
-                f"{table.path}, line {row.line}: unknown label `{label}` in column `{task.label_column}`. Known "
-                f"labels: {', '.join(f'`{name}`' for name in known)}. Correct the row, or "
-                "check that the task is the right one."
-            )
-        numbers.append(known[label])
-    return numbers
-
-
-def _label(task: Task, table: Table, row: Row) -> str:
-    label = row.fields[task.label_column].strip()
-    if not label:
-        raise CraftError(
-            f"{table.path}, line {row.line}: column `{task.label_column}` is empty. Give every row a label, or remove "
-            "the row."
-        )
-    return label
-
-
-def _score(task: Task, table: Table, row: Row) -> float:
-    label = _label(task, table, row)
-    number = _as_number(label)
-    if number is None:
-        raise CraftError(
-            f"{table.path}, line {row.line}: `{label}` in column `{task.label_column}` is not a number. A regression "
-            "needs a finite number in every row."
-        )
-    return number
-
-
-def _as_number(label: str) -> float | None:
-    try:
-        number = float(label)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _own_task(table: Table, text_columns: tuple[str, ...], label_column: str, kind: str, notes: list[str]) -> Task:
     if not 1 <= len(text_columns) <= 2:
         raise CraftError(f"{len(text_columns)} text columns were named ({', '.join(text_columns)}); give one or two.")
-    kinds = ("auto", "classification", "regression")
-    if kind not in kinds:
-        raise CraftError(f"Unknown kind `{kind}`. Use one of {', '.join(kinds)}.")
     table.require((*text_columns, label_column))
     if len({*text_columns, label_column}) <= len(text_columns):
         named = ", ".join(f"`{column}`" for column in (*text_columns, label_column))
         raise CraftError(f"The columns of texts and labels are {named}: one is named twice. Name different ones.")
-    task = Task(table.path.stem, text_columns, label_column, labels=(), metrics=("pearson", "spearman"))
-    counts = Counter(_label(task, table, row) for row in table.rows)
-    numbers = {label: _as_number(label) for label in counts}
-    whole = all(number is not None and number.is_integer() for number in numbers.values())
-    if kind == "auto":
-        kind = "classification" if whole or None in numbers.values() else "regression"
-        reason = {
-            "classification": "the labels are words or whole numbers",
-            "regression": "all labels are numbers and not all are whole",
-        }[kind]
-        notes.append(f"Read as a {kind}, since {reason}; say `--kind` to decide otherwise.")
-    if kind == "regression":
-        return task
-    if len(counts) < 2:
-        raise CraftError(
-            f"{table.path}: the only label in column `{label_column}` is `{next(iter(counts))}`. A classification "
-            "needs at least two."
-        )
-    labels = sorted(counts, key=lambda label: (numbers[label], label)) if whole else sorted(counts)
-    return replace(task, labels=tuple(labels), metrics=("accuracy",))
+    labels = LabelColumn(table, label_column).find_classes(kind, notes)
+    metrics = ("accuracy",) if labels else ("pearson", "spearman")
+    return Task(table.path.stem, text_columns, label_column, labels, metrics)
 
 
 def _read_hub(task: Task, train: bool) -> TextData:

@@ -22,12 +22,16 @@ def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
         max_length: Longer rows are cut.
 
     Returns:
-        The model's inputs, with `labels` where there were labels; nothing is padded yet.
+        The model's inputs, with `labels` where there were labels; nothing is padded yet. A row has at least one token.
     """
+    # An empty text has no token where the tokenizer adds none of its own, and no model reads a row of no length.
+    end = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    nothing = {"input_ids": [end], "attention_mask": [1], "token_type_ids": [0]}
 
     def batch(columns: Mapping[str, Any]) -> dict[str, Any]:
-        encoded = dict(tokenizer(columns["text"], columns.get("text_pair"), truncation=True, max_length=max_length))
-        return encoded | ({"labels": columns["label"]} if "label" in columns else {})
+        encoded = tokenizer(columns["text"], columns.get("text_pair"), truncation=True, max_length=max_length)
+        rows = {name: [row or nothing[name] for row in column] for name, column in encoded.items()}
+        return rows | ({"labels": columns["label"]} if "label" in columns else {})
 
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

@@ -18,6 +18,7 @@ from .data import TextData, read_glue, read_own
 from .encoding import encode, longest_first
 from .models import TrainedModel, has_bf16
 from .optimization import measure
+from .tables import describe_half_character
 from .tasks import Task, find_task
 
 
@@ -53,11 +54,14 @@ def predict(trained: TrainedModel, texts: Sequence[str], pairs: Sequence[str] | 
         pairs: The second text of each, for a model of pairs.
 
     Returns:
-        One prediction a text.
+        One prediction a text, in their order; an empty text has one too.
 
     Raises:
-        CraftError: Pairs are missing, superfluous, or not as many as texts.
+        CraftError: Pairs are missing, superfluous, or not as many as texts, or a text that is no list or cannot be
+            written.
     """
+    if isinstance(texts, str) or isinstance(pairs, str):
+        raise CraftError("A text was given, and a list of texts is required. Put it in a list: `[text]`.")
     wanted = len(trained.task.text_columns)
     if (pairs is not None) != (wanted == 2):
         found = "one text" if pairs is None else "pairs of texts"
@@ -66,6 +70,11 @@ def predict(trained: TrainedModel, texts: Sequence[str], pairs: Sequence[str] | 
         )
     if pairs is not None and len(pairs) != len(texts):
         raise CraftError(f"{len(texts)} texts and {len(pairs)} second texts were given; give as many of each.")
+    for number, text in enumerate((*texts, *(pairs or ()))):
+        if (half := describe_half_character(text)) is not None:
+            raise CraftError(f"Text {number % len(texts) + 1} of {len(texts)} {half}")
+    if not texts:
+        return []
     columns = {"text": list(texts)} | ({} if pairs is None else {"text_pair": list(pairs)})
     logits = predict_logits(trained, datasets.Dataset.from_dict(columns))
     return [_prediction(trained.task, row) for row in logits]
