@@ -7,6 +7,7 @@ values of the small matrix between orthonormal bases, which is the best that ran
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import CraftError
+from .plugin.bank_files import ROOT
+from .plugin.beside_stacks import biased_heads
 from .plugin.layer import StackedLinear
 from .sharing import shared_work
 
@@ -28,7 +31,7 @@ class LoraExport:
 
     Args:
         config: PEFT's config of it, with `lora_alpha = r`.
-        tensors: its state dict, heads and other saved modules included.
+        tensors: its state dict, with trained biases, tokens and saved modules such as heads; copies.
         errors: the relative error :math:`\|\Delta W - BA\| / \|\Delta W\|` of each layer, by module path; 0 where
             nothing was cut.
         total_error: the same over all layers together.
@@ -59,7 +62,8 @@ def to_lora(
         dtype: of the LoRA matrices; None for the adapter's own.
 
     Raises:
-        CraftError: no such adapter, or not one of this package; a rank below 1, or above the exact one.
+        CraftError: no such adapter, or not one of this package; a rank below 1, or above the exact one; trained tokens
+            in a head with a bias, which PEFT computes without it.
 
     Cost:
         A layer: a QR decomposition of two thin matrices and, if the rank cuts, an SVD of one ``r x r`` matrix.
@@ -75,24 +79,26 @@ def to_lora(
         (3, 0.0)
     """
     layers = _adapted_layers(model, adapter_name)
+    _refuse_biased_heads(model, adapter_name)
     with shared_work():
         factors = {key: _lora_factors(layer, adapter_name) for key, layer in layers.items()}
     exact = max(b.shape[1] for b, _ in factors.values())
     rank = exact if rank is None else rank
     if not 1 <= rank <= exact:
         raise CraftError(f"rank={rank} is outside 1..{exact}; rank {exact} is exact already.")
+    in_stacks = tuple(f"{ROOT}{key}.{name}." for key, layer in layers.items() for name in layer.adapter_layer_names)
     tensors = {
-        key: tensor
+        key: tensor.detach().clone().contiguous()  # a bias and a head may be one tensor under two names
         for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
-        if f".{model.base_model.prefix}" not in key
+        if not key.startswith(in_stacks)
     }
     lost, energy, errors = 0.0, 0.0, {}
     for key, (b, a) in factors.items():
         b, a, cut, norm = _truncate(b, a, rank)
         errors[key] = (cut / norm) ** 0.5 if norm > 0 else 0.0
         lost, energy = lost + cut, energy + norm
-        tensors[f"base_model.model.{key}.lora_A.weight"] = a.to(dtype or a.dtype).contiguous()
-        tensors[f"base_model.model.{key}.lora_B.weight"] = b.to(dtype or b.dtype).contiguous()
+        tensors[f"{ROOT}{key}.lora_A.weight"] = a.to(dtype or a.dtype).contiguous()
+        tensors[f"{ROOT}{key}.lora_B.weight"] = b.to(dtype or b.dtype).contiguous()
     config = _lora_config(model, adapter_name, rank, layers)
     return LoraExport(config, tensors, errors, (lost / energy) ** 0.5 if energy > 0 else 0.0)
 
@@ -111,6 +117,16 @@ def _adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, StackedLin
             "craft_peft; there is nothing to export."
         )
     return layers
+
+
+def _refuse_biased_heads(model: PeftModel, adapter_name: str) -> None:
+    heads = biased_heads(model.get_base_model()) if model.peft_config[adapter_name].trainable_token_indices else []
+    if heads:
+        raise CraftError(
+            f"The adapter '{adapter_name}' trains tokens in '{heads[0]}', which has a bias. PEFT leaves the bias "
+            "of such a head out, so that the LoRA would give other outputs than the adapter. Merge the adapter into "
+            "the model instead (`merge_and_unload`)."
+        )
 
 
 @torch.no_grad()
@@ -144,9 +160,11 @@ def _lora_config(model: PeftModel, adapter_name: str, rank: int, layers: dict[st
         r=rank,
         lora_alpha=rank,
         target_modules=_target_names(model, layers),
+        lora_dropout=config.dropout,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         bias="lora_only" if config.bias.endswith("_only") else config.bias,
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
@@ -154,8 +172,10 @@ def _lora_config(model: PeftModel, adapter_name: str, rank: int, layers: dict[st
     )
 
 
-def _target_names(model: PeftModel, layers: dict[str, StackedLinear]) -> list[str]:
-    """The projections' short names, which serving engines expect; full paths where a short name would match more."""
-    names = {key.rpartition(".")[2] for key in layers}
-    matched = [key for key, module in model.get_base_model().named_modules() if key.rpartition(".")[2] in names]
-    return sorted(names) if set(matched) == set(layers) else sorted(layers)
+def _target_names(model: PeftModel, layers: dict[str, StackedLinear]) -> list[str] | str:
+    """The projections' short names, which serving engines expect; where they would match more, paths or a pattern."""
+    paths = [path for path, _ in model.get_base_model().named_modules()]
+    for names in sorted({key.rpartition(".")[2] for key in layers}), sorted(layers):
+        if {path for path in paths if f".{path}".endswith(tuple(f".{name}" for name in names))} == set(layers):
+            return names
+    return "|".join(map(re.escape, sorted(layers)))

@@ -16,7 +16,16 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import CraftError
-from .bank_files import Heads, adapter_state, collect_shelves, live_state, read_adapter, sort_state, write_adapter
+from .bank_files import (
+    Heads,
+    adapter_state,
+    check_beside_bank,
+    collect_shelves,
+    live_state,
+    read_adapter,
+    sort_state,
+    write_adapter,
+)
 from .config import StackConfig
 from .mixed_batches import through_head
 from .rows import BASE
@@ -49,7 +58,7 @@ class AdapterBank:
         bases_of: the model's adapter that gives the bases; default: its active one.
 
     Raises:
-        CraftError: a model without such an adapter, or with a bank.
+        CraftError: a model without such an adapter, with a bank, or with an adapter of trained biases or tokens.
 
     Example:
         >>> import tempfile, torch
@@ -94,6 +103,7 @@ class AdapterBank:
         self._tuner = _tuner_of(model)
         if self._tuner.bank is not None:
             raise CraftError("The model has a bank already. Use that one: `model.base_model.bank`.")
+        check_beside_bank(self._tuner.peft_config)
         self._shelves = collect_shelves(
             self._tuner.model, bases_of or model.active_adapter, keep_middles=keep == "middles"
         )

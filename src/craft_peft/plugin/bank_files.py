@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, Modul
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.base import FrozenBasesAdapter
+from ..adapters.base import FrozenBasesAdapter, StackAdapter
 from ..errors import CraftError
 from .adapter_files import read_config, read_tensors
 from .config import StackConfig
@@ -104,7 +104,9 @@ def adapter_state(shelves: Sequence[StackShelf], place: int, heads: Heads, confi
     """The tensors that PEFT would save of the adapter at a place of the shelves."""
     state = {f"{ROOT}{path}.{name}": tensor for path, head in heads.items() for name, tensor in head.items()}
     for shelf in shelves:
-        own = {**shelf.take(place), "fingerprint": cast(Tensor, shelf.bases.fingerprint)}
+        asked_for = dict(_sibling(shelf, config).named_parameters())  # a shelf has zeros for what others train
+        own = {name: tensor for name, tensor in shelf.take(place).items() if name in asked_for}
+        own["fingerprint"] = cast(Tensor, shelf.bases.fingerprint)
         if config.saves_what_it_derived:
             own |= shelf.bases.bases
             state |= {_index_key(shelf, layer): torch.tensor(layer) for layer in range(len(shelf.paths))}
@@ -150,14 +152,39 @@ def sort_state(
     return trained, heads
 
 
+def check_beside_bank(configs: Mapping[str, PeftConfig]) -> None:
+    """Refuse adapters of a model itself with biases or tokens, which all rows would get, those of a bank too.
+
+    Args:
+        configs: by adapter name.
+
+    Raises:
+        CraftError: there is one, of a model that has a bank or is about to get one.
+    """
+    for name, config in configs.items():
+        try:
+            _check_config(config)
+        except CraftError as error:
+            raise CraftError(f"The model's adapter '{name}' cannot be beside a bank. {error}") from None
+
+
 def _check_config(config: PeftConfig) -> None:
     if not isinstance(config, StackConfig):
         raise CraftError(f"It is a {config.peft_type.value} adapter. Load it into a model of its own.")
     if config.bias != "none" or config.trainable_token_indices:
         raise CraftError(
             f"It was trained with bias={config.bias!r}, trainable_token_indices={config.trainable_token_indices!r}. A "
-            "bank holds adapters and `modules_to_save`; load this one into the model itself (`model.load_adapter`)."
+            "bank holds adapters and `modules_to_save`; load this one into the model itself (`model.load_adapter`), "
+            "a model that has no bank."
         )
+
+
+def _sibling(shelf: StackShelf, config: StackConfig) -> StackAdapter:
+    """What a config asks for on a shelf's stack: names and shapes, without numbers."""
+    config = copy(config)
+    config.init_weights = True  # draws nothing
+    with torch.device("meta"):
+        return config.build_adapter(shelf.paths[0], shelf.bases.shape, config.ranks_of(shelf.paths[0]))
 
 
 def _take_trained(shelf: StackShelf, config: StackConfig, left: dict[str, Tensor]) -> Trained:
@@ -168,10 +195,7 @@ def _take_trained(shelf: StackShelf, config: StackConfig, left: dict[str, Tensor
             f"It has no adapter for the stack that begins with '{path}'. A bank's adapters all have the same target "
             "modules: make another model and bank for those with others."
         )
-    config = copy(config)
-    config.init_weights = True  # only the shapes are asked for
-    with torch.device("meta"):
-        sibling = config.build_adapter(path, bases.shape, config.ranks_of(path))
+    sibling = _sibling(shelf, config)
     sizes = {name: tensor.shape for name, tensor in bases.bases.items()}
     if not isinstance(sibling, FrozenBasesAdapter) or sizes != {n: t.shape for n, t in sibling.bases.items()}:
         raise CraftError(

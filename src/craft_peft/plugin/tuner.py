@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..adapters.base import StackAdapter, still_deferred
 from ..errors import CraftError
 from ..sharing import share_work_in, shared_work, stop_sharing_work_in
+from .bank_files import check_beside_bank
 from .base_check import BaseCheck
+from .beside_stacks import keep_biases_of_heads, refuse_nested_modules, refuse_to_merge_shared_tokens
 from .config import StackConfig
 from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
@@ -54,6 +56,7 @@ class StackTuner(BaseTuner):
             raise CraftError(f"An adapter cannot be called {adapter_name!r}: {error.args[0]}.") from None
         if self.bank is not None:
             self.bank.refuse_name(adapter_name)
+            check_beside_bank({adapter_name: self.peft_config[adapter_name]})
         self._served = None
         # What the hooks below need to know of this one injection; PEFT does not pass it on to them.
         self._low_cpu_mem_usage, self._saved_modules = low_cpu_mem_usage, None
@@ -62,6 +65,7 @@ class StackTuner(BaseTuner):
         self._slots: dict[str, tuple[StackSlot, bool]] = {}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._slots = {}
+        keep_biases_of_heads(model)
         # On the model, not on this tuner: it may be used without one (`inject_adapter_in_model`, `add_adapter`).
         share_work_in(model)
 
@@ -71,6 +75,7 @@ class StackTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: StackConfig, model: nn.Module) -> None:
         """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
+        refuse_nested_modules(model, peft_config.modules_to_save)
         targets = find_targets(peft_config, model, self._saved_modules)
         stacks = collect_stacks(targets, peft_config.together, peft_config.ranks_of)
         _check_rank_pattern(peft_config, targets)
@@ -160,7 +165,7 @@ class StackTuner(BaseTuner):
 
         Raises:
             CraftError: a name that does not exist, or exists already; another number of weights; another
-                combination; adapters whose sum is no adapter of their method.
+                combination; adapters whose sum is no adapter of their method, or that have trained biases or tokens.
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters:
@@ -173,6 +178,7 @@ class StackTuner(BaseTuner):
             raise CraftError(f"{len(weights)} weights were given for {len(adapters)} adapters; one each is needed.")
         if combination_type != "linear":
             raise CraftError(f"combination_type={combination_type!r} is not supported. Use 'linear', which is exact.")
+        _check_no_biases_or_tokens(self.peft_config, adapters)
         layers = [module for module in self.model.modules() if isinstance(module, StackedLinear)]
         _check_same_stacks(layers, adapters)
         config = cast(StackConfig, self.peft_config[adapters[0]]).weighted_sum()
@@ -186,6 +192,10 @@ class StackTuner(BaseTuner):
         except CraftError:
             self.delete_adapter(adapter_name)
             raise
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        refuse_to_merge_shared_tokens(self.model)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in PEFT."""
@@ -211,8 +221,8 @@ class StackTuner(BaseTuner):
         if kwargs.get("adapter_names") is None:
             yield
             return
-        known = list(self.peft_config)
-        with rows_use(self.served_modules(), kwargs["adapter_names"], known, self.bank, kwargs.get("num_beams")):
+        own = self.peft_config
+        with rows_use(self.served_modules(), kwargs["adapter_names"], own, self.bank, kwargs.get("num_beams")):
             yield
 
     def served_modules(self) -> ServedModules:
@@ -232,6 +242,16 @@ class StackTuner(BaseTuner):
         # PEFT reads the names in `model.state_dict()` here, not the values: what is about to be loaded stays deferred.
         with still_deferred(model):
             return super()._remap_adapter_state_dict_for_load(model=model, **kwargs)
+
+
+def _check_no_biases_or_tokens(configs: Mapping[str, StackConfig], adapter_names: Collection[str]) -> None:
+    for name in adapter_names:
+        bias, indices = configs[name].bias, configs[name].trainable_token_indices
+        if bias != "none" or indices:
+            raise CraftError(
+                f"The adapter '{name}' was trained with bias={bias!r}, trainable_token_indices={indices!r}, which have "
+                "no place in a sum of adapters. Merge it into a model of its own (`merge_and_unload`)."
+            )
 
 
 def _check_same_stacks(layers: Collection[StackedLinear], adapter_names: Collection[str]) -> None:
