@@ -10,6 +10,8 @@ from method_table import METHODS
 from peft import PeftConfig, PeftModel, get_peft_model
 from small_models import WIDTH, bert, logits, tokens
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from craft_peft import AdapterBank, CraftError, fit_bases, load_adapter
 from craft_peft.lora_export import to_lora
@@ -312,3 +314,54 @@ def test_a_bank_takes_adapters_in_inference_mode(tmp_path):
     bank.load(tmp_path / "one", "later")
     with bank.use("later"):
         assert_close(logits(model), logits(PeftModel.from_pretrained(bert(), tmp_path / "one")), products=1000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several devices, sharded weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_layers_of_a_stack_may_be_on_several_devices(method):
+    """The meta device stands for another one: it refuses to mix as well."""
+    model, _ = moved(method)
+    layer = layers_of(model)[-1]
+    layer.base_layer.to("meta")
+    out = layer(torch.randn(2, 5, WIDTH, device="meta"))
+    assert out.shape == (2, 5, WIDTH) and out.is_meta
+    assert not any(parameter.is_meta for adapter in adapters_of(model) for parameter in adapter.parameters())
+
+
+@every_method
+@pytest.mark.parametrize("making", ["get_peft_model", "from_pretrained"])
+def test_what_is_made_in_inference_mode_trains(method, making, tmp_path):
+    model, base = moved(method)
+    model.save_pretrained(tmp_path)
+    base = copy.deepcopy(base)
+    with torch.inference_mode():
+        if making == "get_peft_model":
+            model = get_peft_model(base, method.config(target_modules=TARGETS, init_weights=False))
+        else:
+            model = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if f".{method.name}_" in name and parameter.is_inference():
+            pytest.fail(f"{name} is an inference tensor")
+    layers_of(model)[0](torch.randn(2, WIDTH)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_base_that_is_sharded_already_is_decomposed_whole(process_group):
+    base = bert()
+    expected = get_peft_model(copy.deepcopy(base), CRAFT.config(target_modules=TARGETS))
+    fully_shard(base, mesh=init_device_mesh("cpu", (1,)))
+    model = get_peft_model(base, CRAFT.config(target_modules=TARGETS))
+    for found, wanted in zip(adapters_of(model), adapters_of(expected), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found.buffers(), wanted.buffers(), strict=True))
+    model.train()(tokens(), labels=LABELS).loss.backward()
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -139,4 +139,9 @@ def _to(bias: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; the meta device, on which nothing is computed, has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)

@@ -199,9 +199,9 @@ class SuperLoraAdapter(StackAdapter):
         """``x @ delta_weight(layer).T``, through two thin matrices where there are such."""
         if self._thin is None:
             return super().delta_output(layer, x)
-        left, right = self._thin_pair(layer)
-        thin = thin_dtype(x.dtype)
-        return F.linear(self.scaling * F.linear(x.to(thin), right.T.to(thin)), left.to(thin)).to(x.dtype)
+        x_thin = x.to(thin_dtype(x.dtype))
+        left, right = (tensor.to(x_thin) for tensor in self._thin_pair(layer))
+        return F.linear(self.scaling * F.linear(x_thin, right.T), left).to(x.dtype)
 
     def thin_factors(self, layer: int) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
         """The two thin matrices where there are such."""

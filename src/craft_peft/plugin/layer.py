@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
-from ..fused import thin_dtype
+from ..fused import autocasts, thin_dtype
 from .distributed import check_engine, refuse_replicas
 from .quantization import adapter_place, read_weight, write_weight
 from .rows import MixedBatch
@@ -66,7 +66,7 @@ class StackSlot(nn.Module):
         if trained is None:  # while FSDP 1 has its own tensors in the place of parameters
             return False
         trains_base = weight.requires_grad or (bias is not None and bias.requires_grad)
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocasts(x.device.type)
         # Autocast leaves float64 alone; else the layer by itself says which dtypes do not go together.
         dtypes_fit = torch.float64 not in (x.dtype, weight.dtype) if autocast else x.dtype == weight.dtype
         # accelerate's offloading and DeepSpeed fetch the weights around a call of the layer.

@@ -73,6 +73,7 @@ class StackTuner(BaseTuner):
         set_default_targets(peft_config, self.model)
         return peft_config
 
+    @torch.inference_mode(False)  # training may come after, whatever mode this is called in
     def _prepare_model(self, peft_config: StackConfig, model: nn.Module) -> None:
         """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
         refuse_nested_modules(model, peft_config.modules_to_save)
@@ -96,15 +97,12 @@ class StackTuner(BaseTuner):
             adapter.watch_loading(partial(check.compare, stack))
             waits = is_loaded and (peft_config.saves_what_it_derived or stack.is_empty)
             twin = _twin_of(adapter, stack, adapted)
-            if waits or twin is not None:
-                fill = (
-                    partial(adapter.initialise, stack.read_weights)
-                    if twin is None
-                    else partial(adapter.take_frozen, twin)
-                )
-                adapter.defer(fill)
+            if twin is not None:
+                adapter.defer(partial(adapter.take_frozen, twin))
                 if not (waits or twin.is_deferred):
                     adapter.make_ready()
+            elif waits:
+                adapter.defer(partial(adapter.initialise, stack.read_weights))
             else:
                 initialise(adapter, partial(stack.read_weights, progress))
             for layer, key in enumerate(stack.keys):
