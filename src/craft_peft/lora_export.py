@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import CraftError
 from .plugin.layer import StackedLinear
+from .plugin.tensor_names import adapter_keys
 from .sharing import shared_work
 
 
@@ -81,11 +82,8 @@ def to_lora(
     rank = exact if rank is None else rank
     if not 1 <= rank <= exact:
         raise CraftError(f"rank={rank} is outside 1..{exact}; rank {exact} is exact already.")
-    tensors = {
-        key: tensor
-        for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
-        if f".{model.base_model.prefix}" not in key
-    }
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tensors = {key: saved[key] for key in saved.keys() - adapter_keys(saved, model, StackedLinear)}
     lost, energy, errors = 0.0, 0.0, {}
     for key, (b, a) in factors.items():
         b, a, cut, norm = _truncate(b, a, rank)
