@@ -22,6 +22,7 @@ from .errors import CraftError
 from .plugin.bank_files import ROOT
 from .plugin.beside_stacks import biased_heads
 from .plugin.layer import StackedLinear
+from .plugin.tensor_names import adapter_keys
 from .sharing import shared_work
 
 
@@ -86,12 +87,11 @@ def to_lora(
     rank = exact if rank is None else rank
     if not 1 <= rank <= exact:
         raise CraftError(f"rank={rank} is outside 1..{exact}; rank {exact} is exact already.")
-    in_stacks = tuple(f"{ROOT}{key}.{name}." for key, layer in layers.items() for name in layer.adapter_layer_names)
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    beside = saved.keys() - adapter_keys(saved, model, StackedLinear)
     tensors = {
-        key: tensor.detach().clone().contiguous()  # a bias and a head may be one tensor under two names
-        for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
-        if not key.startswith(in_stacks)
-    }
+        key: saved[key].detach().clone().contiguous() for key in sorted(beside)
+    }  # a bias and a head may be one tensor
     lost, energy, errors = 0.0, 0.0, {}
     for key, (b, a) in factors.items():
         b, a, cut, norm = _truncate(b, a, rank)
