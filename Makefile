@@ -9,11 +9,12 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint bench trust fuzz oldest audit wheel clean
+.PHONY: help demo test chromium lint bench trust fuzz oldest audit wheel clean
 
 help:
 	@echo "make demo   create $(VENV), install, run the demo (DEMO_ARGS='--text \"...\"' passes options on)"
 	@echo "make test   create $(VENV), install, check the style, run all tests"
+	@echo "make chromium  install the browser in which the tests open the report's page: Debian's package, as root"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make bench  measure the figures of docs/performance.md again: over an hour, on a machine with nothing else to do"
 	@echo "make trust  measure the figures of docs/reliability.md again: damaged adapters, killed runs; 20 minutes"
@@ -28,6 +29,11 @@ demo: $(VENV)/demo.installed
 
 test: lint
 	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Elsewhere `.venv/bin/playwright install chromium`, or any Chromium named by CRAFT_CHROMIUM.
+chromium:
+	@command -v chromium || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null; }
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ PACKAGE = PROJECT / "src" / "craft_peft"
 
 # Imports go only to the left. `__init__` stands for the public names: what `from craft_peft import X` reaches.
 TENSOR_ORDER = ["slices", "weights", "directions", "tucker", "fastfood", "folding", "sharing", "fused", "adapters"]
-ORDER = ["errors", *TENSOR_ORDER, "plugin", "lora_export", "__init__", "glue", "cli"]
+ORDER = ["errors", "command_line", *TENSOR_ORDER, "plugin", "lora_export", "__init__", "glue", "cli"]
 APART = {("lora_export", "glue"), ("glue", "lora_export")}  # one level: neither knows the other
 
 TENSOR_PARTS = set(TENSOR_ORDER)

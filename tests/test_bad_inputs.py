@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from test_cli_arguments import python_names
 
 from craft_peft.cli.main import main
 
@@ -139,44 +140,49 @@ OPTIONS = [
     option("--label-column text", r"`text`, `text`: one is named twice"),
     option("--label-column {emoji}", r"has no column `😀`"),
     option("--kind ranking", r"Unknown kind `ranking`\. Use one of auto, classification, regression"),
-    option("--rows 0", r"rows=0 cannot be used"),
-    option("--rows 1000", r"rows=1000 cannot be used: .*36 training rows"),
+    option("--rows 0", r"`--rows 0` cannot be used"),
+    option("--rows 1000", r"`--rows 1000` cannot be used: .*36 training rows"),
     option("--rows few", r"argument --rows: invalid int value: 'few'"),
     option("--hold-out 1", r"share to hold out is 1\.0; it must lie between 0 and 1"),
     option("--hold-out -0.1", r"share to hold out is -0\.1"),
-    option("--ranks 2,4", r"ranks=\(2, 4\) does not fit method `craft`, which takes 3 whole number"),
+    option("--ranks 2,4", r"`--ranks 2,4` does not fit method `craft`, which takes 3 whole number"),
     option(
-        "--ranks 2,4,1000", r"`ranks\[2\]=1000` keeps more input directions than .* \(16\)\. Use `ranks=\(2, 4, 16\)`"
+        "--ranks 2,4,1000",
+        r"number 3 of `--ranks`, 1000, keeps more input directions than .* \(16\)\. Use `--ranks 2,4,16`",
     ),
     option("--ranks two", r"'two' is not a list of whole numbers such as 12,100,100 or 8"),
-    option("--ranks 0,4,4", r"ranks=\(0, 4, 4\) does not fit .* of at least 1"),
+    option("--ranks 0,4,4", r"`--ranks 0,4,4` does not fit .* of at least 1"),
     option("--ranks 2,4,4 --budget 500", r"Both `--ranks 2,4,4` and `--budget 500` were given: .* Give one of them"),
     option("--budget 1", r"`--budget 1` is below the smallest setting .* Give at least `--budget 12`"),
     option("--budget -5", r"`--budget -5` is no number of parameters: it must be 1 or more"),
     option("--option tying", r"'tying' is not of the form NAME=VALUE"),
-    option("--option tying=loose", r"tying='loose' is unknown\. Use one of shared, diagonal, free"),
+    option("--option tying=loose", r"`--option tying=loose` is unknown\. Use one of shared, diagonal, free"),
     option("--option alfa=2", r"Method `craft` does not take these options: .*'alfa'"),
-    option("--option alpha=NaN", r"alpha=nan has the wrong type"),
-    option("--target-modules querry", r"`target_modules=\['querry'\]` matches no module .*Did you mean 'query'\?"),
-    option("--target-modules {emoji}", r"\['😀'\]` matches no module .*'classifier', 'dense', 'key', 'query', 'value'"),
-    option("--epochs 0", r"epochs=0 cannot be used: it must be a whole number above 0"),
-    option("--epochs -1", r"epochs=-1 cannot be used: it must be a whole number above 0"),
-    option("--epochs 1.5", r"argument --epochs: invalid int value: '1\.5'"),
-    option("--batch-size 0", r"batch_size=0 cannot be used: it must be a whole number above 0"),
-    option("--max-length 0", r"max_length=0 cannot be used: it must be a whole number of at least 4"),
+    option("--option alpha=NaN", r"`--option alpha=nan` has the wrong type"),
+    option("--target-modules querry", r"`--target-modules querry` matches no module .*Did you mean 'query'\?"),
     option(
-        "--max-length 100000", r"max_length=100000 is longer than the 128 positions .* Use at most `--max-length 128`"
+        "--target-modules {emoji}",
+        r"`--target-modules 😀` matches no module .*'classifier', 'dense', 'key', 'query', 'value'",
     ),
-    option("--learning-rate -1", r"learning_rate=-1\.0 cannot be used: it must be a number above 0"),
-    option("--learning-rate nan", r"learning_rate=nan cannot be used: it must be a number above 0"),
-    option("--learning-rate inf", r"learning_rate=inf cannot be used: it must be a number above 0"),
-    option("--warmup-ratio 2", r"warmup_ratio=2\.0 cannot be used: it must be at least 0 and below 1"),
-    option("--weight-decay -1", r"weight_decay=-1\.0 cannot be used: it must be a number of at least 0"),
-    option("--clip 0", r"clip=0\.0 cannot be used: it must be a number above 0"),
+    option("--epochs 0", r"`--epochs 0` cannot be used: it must be a whole number above 0"),
+    option("--epochs -1", r"`--epochs -1` cannot be used: it must be a whole number above 0"),
+    option("--epochs 1.5", r"argument --epochs: invalid int value: '1\.5'"),
+    option("--batch-size 0", r"`--batch-size 0` cannot be used: it must be a whole number above 0"),
+    option("--max-length 0", r"`--max-length 0` cannot be used: it must be a whole number of at least 4"),
+    option(
+        "--max-length 100000",
+        r"`--max-length 100000` is longer than the 128 positions .* Use at most `--max-length 128`",
+    ),
+    option("--learning-rate -1", r"`--learning-rate -1\.0` cannot be used: it must be a number above 0"),
+    option("--learning-rate nan", r"`--learning-rate nan` cannot be used: it must be a number above 0"),
+    option("--learning-rate inf", r"`--learning-rate inf` cannot be used: it must be a number above 0"),
+    option("--warmup-ratio 2", r"`--warmup-ratio 2\.0` cannot be used: it must be at least 0 and below 1"),
+    option("--weight-decay -1", r"`--weight-decay -1\.0` cannot be used: it must be a number of at least 0"),
+    option("--clip 0", r"`--clip 0\.0` cannot be used: it must be a number above 0"),
     option("--head-start cold", r"Unknown head start `cold`\. Use one of random, prior, fitted"),
     option("--precision float16", r"Unknown precision `float16`\. Use one of auto, float32, bf16"),
-    option("--seed -1", r"seed=-1 cannot be used\. Give a whole number from 0 to 4294967295"),
-    option("--seed 99999999999999999999", r"seed=99999999999999999999 cannot be used"),
+    option("--seed -1", r"`--seed -1` cannot be used\. Give a whole number from 0 to 4294967295"),
+    option("--seed 99999999999999999999", r"`--seed 99999999999999999999` cannot be used"),
     option("--report-to tensorbord", r"Unknown logger `tensorbord`\. Did you mean `tensorboard`\?"),
     option("--resume --overwrite", r"Both `--resume` and `--overwrite` were given"),
     option("--start-from {folder}", r"is not a run of craft-peft .*Give its output folder"),
@@ -195,7 +201,7 @@ OTHERS = [
     Mistake("inspect: no such model", r"There is no model folder .*absent", command="inspect --model {absent}"),
     Mistake(
         "inspect: ranks",
-        r"ranks=\(2, 4\) has to be 'paper' or three whole numbers",
+        r"`--ranks 2,4` has to be 'paper' or three whole numbers",
         command="inspect --model {encoder} --ranks 2,4",
     ),
     Mistake(
@@ -252,7 +258,13 @@ def test_a_mistake(mistake: Mistake, workshop: Path, tmp_path: Path, capsys: pyt
     assert status == 2 and "Traceback" not in err
     assert re.search(mistake.message, last), last
     assert re.match(r"(craft-peft[\w -]*: )?error: ", last) and len(last) < 2000
+    assert python_names(last, words[0] if words else "") == []
     assert sorted(tmp_path.rglob("*")) == before, "it left something behind"
+
+
+def test_python_names_are_seen() -> None:
+    assert python_names("`target_modules=['q']` and `hold_out`, not column `rows` or --rows=3", "train") != []
+    assert python_names("--target-modules=q and `--hold-out`, not column `rows` or --rows=3", "train") == []
 
 
 def test_there_are_as_many_as_promised() -> None:

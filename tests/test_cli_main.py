@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+import craft_peft
 from craft_peft import CraftError
 from craft_peft.cli.main import COMMANDS, build_parser, main
 
@@ -88,3 +93,36 @@ def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
     failing(monkeypatch, "evaluate", KeyboardInterrupt())
     assert main(["evaluate", "x"]) == 130
     assert "--resume" not in capsys.readouterr().err
+
+
+SCRIPT = "import sys; from craft_peft.cli.main import main; sys.exit(main())"
+QUIET = "import logging, craft_peft; print([logging.getLogger(name).level for name in ('torchao', 'bitsandbytes')])"
+
+
+def run_python(*words: str) -> tuple[str, str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(craft_peft.__file__).parents[1]), "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=environment)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("started_by", "words", "out", "err"),
+    [
+        ("-m", "evaluate nowhere", r"", r"error: There is no folder .*nowhere\. .*\n"),
+        ("-m", "params --budget 0 --model m", r"", r"error: `--budget 0` is no number of parameters: .*\n"),
+        ("script", "train --help", r"usage: craft-peft train .*", r""),
+    ],
+)
+def test_a_command_says_nothing_before_its_own_words(
+    started_by: str, words: str, out: str, err: str, tmp_path: Path
+) -> None:
+    """Torchao, bitsandbytes and DeepSpeed, which are installed here, complain of other hardware when imported."""
+    script = tmp_path / "craft-peft"
+    script.write_text(SCRIPT)
+    start = ["-m", "craft_peft.cli.main"] if started_by == "-m" else [str(script)]
+    printed, told = run_python(*start, *words.split())
+    assert re.fullmatch(out, printed, re.DOTALL) and re.fullmatch(err, told), told
+
+
+def test_a_library_is_left_its_complaints() -> None:
+    assert run_python("-c", QUIET)[0] == "[0, 0]\n"

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_encoder import write_encoder
 
 from craft_peft import CraftError
 from craft_peft.cli import demo
 from craft_peft.cli.main import main
+from craft_peft.glue import machine
 from craft_peft.glue.docstrings import (
     MIN_SENTENCES,
     Sentence,
@@ -40,7 +42,7 @@ def sentences() -> list[Sentence]:
 
 def test_there_are_enough_sentences_and_topics(sentences: list[Sentence]) -> None:
     counts = Counter(sentence.topic for sentence in sentences)
-    assert 2000 <= len(sentences) < 2050
+    assert demo.SENTENCES <= len(sentences) < demo.SENTENCES + 50
     assert len(counts) >= 6
     assert min(counts.values()) >= MIN_SENTENCES
     assert max(counts.values()) == statistics.median(counts.values()), "the topics are cut alike"
@@ -239,3 +241,31 @@ def test_typed_sentences_end_at_an_empty_line_or_the_end_of_input(
 
     monkeypatch.setattr("builtins.input", answer)
     assert list(demo._typed(Console(quiet=True))) == ["one sentence", "another"]
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "busy", "expected"),
+    [
+        (2, 2, 0.0, 2),
+        (2, 2, 8.0, 2),
+        (2, 2, 50.0, 1),
+        (2, 2, 100.0, 1),
+        (1, 64, 0.0, 1),
+        (8, 64, 50.0, 8),
+        (8, 8, 50.0, 4),
+    ],
+)
+def test_as_many_threads_as_cores_are_idle(
+    threads: int, cores: int, busy: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that wait for a busy core take longer than fewer threads do."""
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: cores)
+    monkeypatch.setattr(machine.psutil, "cpu_percent", lambda seconds: busy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with machine.free_threads() as found:
+            assert found == torch.get_num_threads() == expected
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

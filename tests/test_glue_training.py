@@ -371,7 +371,7 @@ class TestReadingBack:
             load_trained(workshop / "encoder")
 
     def test_not_finished(self, cut_run: Path) -> None:
-        with pytest.raises(CraftError, match=r"is not finished\. Go on with it"):
+        with pytest.raises(CraftError, match=r"is not finished\. Give its training again"):
             load_trained(cut_run)
 
     @pytest.mark.parametrize("method", ADAPTED)

@@ -404,7 +404,7 @@ class TestGuesses:
 
     def test_scores_that_are_whole_in_training_alone(self, write: WritesTable, tmp_path: Path) -> None:
         (tmp_path / "dev.tsv").write_text(tsv_cells([1, 2.5]))
-        with pytest.raises(CraftError, match=r'unknown label `2\.5` .* trained with `kind="regression"`'):
+        with pytest.raises(CraftError, match=r"unknown label `2\.5` .* trained as a regression"):
             read_own(write("a.csv", [1, 2, 3]), tmp_path / "dev.tsv")
 
     @pytest.mark.parametrize(

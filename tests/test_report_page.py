@@ -1,6 +1,7 @@
 """The report in a browser: it renders without errors and without a network, sorts, filters, fits any width.
 
-Needs a Chromium: the one that `CRAFT_CHROMIUM` names, one on the path, or one that Playwright has downloaded.
+Needs a Chromium: the one that `CRAFT_CHROMIUM` names, one on the path (`make chromium`), or one that Playwright has
+downloaded.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def browser() -> Iterator[Browser]:
         found = os.environ.get("CRAFT_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
         found = found or (own if Path(own).is_file() else None)
         if found is None:
-            pytest.skip("no Chromium: install one, name it by CRAFT_CHROMIUM, or run `playwright install chromium`")
+            pytest.skip("no Chromium: `make chromium` (Debian, as root), or `.venv/bin/playwright install chromium`")
         browser = driver.chromium.launch(executable_path=found)
         yield browser
         browser.close()

@@ -19,6 +19,7 @@ Example:
 
 from typing import TYPE_CHECKING, Any
 
+from . import command_line as command_line  # first: it silences what the imports of PEFT would say
 from .errors import CraftError as CraftError
 from .plugin.bases import fit_bases as fit_bases
 from .plugin.craft_config import CraftConfig as CraftConfig

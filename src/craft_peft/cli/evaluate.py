@@ -7,7 +7,8 @@ import json
 import sys
 
 from ..glue.tasks import TASKS
-from .arguments import words
+from .arguments import Several, words
+from .wording import in_options
 
 EXAMPLE = """\
 examples:
@@ -31,7 +32,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("folder", metavar="DIR", help="output folder of a training run")
     parser.add_argument("--task", metavar="NAME", help=f"another GLUE task with the same labels: {', '.join(TASKS)}")
     parser.add_argument("--data", metavar="PATH", help="folder of GLUE files, or your own table")
-    parser.add_argument("--text-columns", type=words, metavar="NAME[,NAME]", help="(default: those of training)")
+    parser.add_argument(
+        "--text-columns", action=Several, read=words, metavar="NAME", help="(default: those of training)"
+    )
     parser.add_argument("--label-column", metavar="NAME", help="(default: that of training)")
     parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="base model, if it is no longer where it was")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
@@ -50,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     trained = load_trained(arguments.folder, arguments.model)
     data = read_for(trained, arguments.task, arguments.data, arguments.text_columns, arguments.label_column)
     for note in data.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {in_options(note, arguments)}", file=sys.stderr)
     metrics = evaluate(trained, data)
     if arguments.json:
         print(json.dumps({"metrics": metrics, "score": mean_score(metrics)}))

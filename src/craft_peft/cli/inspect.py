@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CraftError
-from .arguments import whole_numbers, words
+from .arguments import Several, whole_numbers, words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,13 +38,18 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", required=True, metavar="NAME_OR_FOLDER", help="base model: Hub name or folder")
     parser.add_argument(
-        "--ranks", type=whole_numbers, metavar="R,R,R", help="layer, out and in rank (default: the paper's 24,100,100)"
+        "--ranks",
+        action=Several,
+        read=whole_numbers,
+        metavar="R",
+        help="layer, out and in rank (default: the paper's 24,100,100)",
     )
     parser.add_argument(
         "--target-modules",
-        type=words,
-        metavar="NAME[,NAME]",
-        help="(default: query and value, as the model calls them)",
+        action=Several,
+        read=words,
+        metavar="NAME",
+        help="modules to adapt, as query,value (default: query and value, as the model calls them)",
     )
     parser.add_argument("--plot", metavar="FILE.png", help="write the singular values of each mode as a picture")
     parser.set_defaults(run=run)

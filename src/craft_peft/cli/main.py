@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from ..errors import CraftError
 from . import demo, evaluate, export, inspect, params, predict, report, sweep, train
-from .arguments import name_options
+from .arguments import Parser
+from .wording import in_options
 
 COMMANDS = (train, sweep, evaluate, predict, report, params, inspect, export, demo)
 EXTRAS = {
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(metavar="command", required=True)
+    subparsers = parser.add_subparsers(metavar="command", required=True, parser_class=Parser)
     for command in COMMANDS:
         command.register(subparsers)
     return parser
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CraftError as error:
         # Under `accelerate launch` all processes find the same mistake.
         rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {name_options(str(error))}", file=sys.stderr)
+        sentence = in_options(str(error), arguments)
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {sentence}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])

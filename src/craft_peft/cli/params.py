@@ -11,7 +11,7 @@ from ..glue.budgets import Choice, Offers, offers
 from ..glue.method_row import MethodOptions
 from ..glue.methods import METHODS
 from ..glue.targets import Targets, empty_model, find_model_targets
-from .arguments import words
+from .arguments import Several, words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,9 +46,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--target-modules",
-        type=words,
-        metavar="NAME[,NAME]",
-        help="(default: query and value, as the model calls them)",
+        action=Several,
+        read=words,
+        metavar="NAME",
+        help="modules to adapt, as query,value (default: query and value, as the model calls them)",
     )
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.set_defaults(run=run)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..errors import CraftError
-from .arguments import named_value, words
+from .arguments import Several, named_value, words
 
 EXAMPLE = """\
 examples:
@@ -48,8 +48,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("file", nargs="?", metavar="FILE", help="table or text file; - or nothing: standard input")
     parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be repeated")
-    parser.add_argument("--text-pair", action="append", metavar="TEXT", help="the second text of each pair")
-    parser.add_argument("--text-columns", type=words, metavar="NAME[,NAME]", help="(default: those of training)")
+    parser.add_argument(
+        "--text-pair", dest="pairs", action="append", metavar="TEXT", help="the second text of each pair"
+    )
+    parser.add_argument(
+        "--text-columns", action=Several, read=words, metavar="NAME", help="(default: those of training)"
+    )
     parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="base model, if it is no longer where it was")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     glue = parser.add_argument_group("submission to GLUE")
@@ -59,15 +63,17 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     glue.add_argument("--data", metavar="PATH", help="folder of the GLUE download, with the test sets")
     glue.add_argument(
         "--task-run",
-        dest="task_runs",
-        action="append",
-        default=[],
-        type=named_value,
+        dest="named",
+        action=Several,
+        read=named_value,
+        add=True,
+        formed=True,
         metavar="TASK=DIR",
-        help="the run for a task; may be repeated",
+        help="the run for a task, and more of them",
     )
     glue.add_argument(
         "--fill-missing",
+        dest="fill",
         action="store_true",
         help="fill the files of tasks without a run with the most frequent class of train; the server needs all files",
     )
@@ -85,12 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.text and arguments.file:
         raise CraftError("Both --text and a file were given. Give one of them.")
-    if arguments.text_pair and not arguments.text:
+    if arguments.pairs and not arguments.text:
         raise CraftError("--text-pair was given without --text. Give the first text of the pair with --text.")
     trained = load_trained(arguments.folder, arguments.model)
     columns = arguments.text_columns or trained.task.text_columns
     texts = arguments.text
-    rows = _given(texts, arguments.text_pair) if texts else _read(arguments.file or "-", columns)
+    rows = _given(texts, arguments.pairs) if texts else _read(arguments.file or "-", columns)
     pairs = [row[1] for row in rows] if len(rows[0]) == 2 else None
     predictions = predict(trained, [row[0] for row in rows], pairs)
     for row, prediction in zip(rows, predictions, strict=True):
@@ -113,18 +119,19 @@ def _submit(arguments: argparse.Namespace) -> int:
     from ..glue.models import load_trained
     from ..glue.submission import check_target, find_runs, plan, predict_submission, write_submission
 
-    given = [name for name in ("file", "text", "text_pair", "text_columns", "json") if getattr(arguments, name)]
+    given = [name for name in ("file", "text", "pairs", "text_columns", "json") if getattr(arguments, name)]
     if given:
-        raise CraftError(f"--glue-submission predicts GLUE's test sets; `{given[0]}` has no meaning with it.")
+        what = f"`{option.option_strings[0]}`" if (option := arguments.options.get(given[0])) else "a file of texts"
+        raise CraftError(f"--glue-submission predicts GLUE's test sets; {what} has no meaning with it.")
     if arguments.data is None:
         raise CraftError("--glue-submission needs the test sets. Give the folder of the GLUE download with --data.")
-    if arguments.folder is None and not arguments.task_runs:
+    if arguments.folder is None and not arguments.named:
         raise CraftError("No run was given. Give a folder of runs, or `--task-run TASK=DIR` for each task.")
     target = Path(arguments.glue_submission)
     check_target(target)
-    named = {task: str(path) for task, path in arguments.task_runs}
+    named = {task: str(path) for task, path in arguments.named}
     runs = find_runs(Path(arguments.folder) if arguments.folder else None, named)
-    wanted = plan(runs, Path(arguments.data), arguments.fill_missing)
+    wanted = plan(runs, Path(arguments.data), arguments.fill)
     load = partial(load_trained, model=arguments.model)
     files = predict_submission(wanted, lambda sentence: print(sentence, file=sys.stderr), load)
     write_submission(files, target)
@@ -133,7 +140,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_submission_options(arguments: argparse.Namespace) -> None:
-    options = {"--data": arguments.data, "--task-run": arguments.task_runs, "--fill-missing": arguments.fill_missing}
+    options = {"--data": arguments.data, "--task-run": arguments.named, "--fill-missing": arguments.fill}
     for option, value in options.items():
         if value:
             raise CraftError(

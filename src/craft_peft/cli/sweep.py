@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import words, words_or_none
+from .arguments import Several, path, words, words_or_none
+from .wording import option_console
 
 if TYPE_CHECKING:
     from ..glue.sweep.executors import Executor
@@ -48,20 +49,27 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     folders.add_argument(
         "--adopt",
-        action="append",
-        default=[],
+        action=Several,
+        read=path,
+        add=True,
         metavar="DIR",
-        help="take finished runs of the same settings from here: a folder of runs, or of published results",
+        help="take finished runs of the same settings from here: folders of runs, or of published results",
     )
     which = parser.add_argument_group("which runs")
     which.add_argument(
-        "--only", type=words, default=(), metavar="PATTERN[,PATTERN]", help="names as stsb-craft-seed0, with * and ?"
+        "--only",
+        action=Several,
+        read=words,
+        default=(),
+        metavar="PATTERN",
+        help="names as stsb-craft-seed0, with * and ?",
     )
     which.add_argument("--retry-failed", action="store_true", help="also do runs again that failed before")
     _add_executor(parser)
     parser.add_argument(
         "--report-to",
-        type=words_or_none,
+        action=Several,
+        read=words_or_none,
         default=(),
         metavar="NAME",
         help="tensorboard, wandb or mlflow (default: none)",
@@ -86,11 +94,9 @@ def _add_executor(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
-    from rich.console import Console
-
     from ..glue.sweep.table import Progress, describe_rates, describe_time, plan_table, summary_lines
 
-    console = Console()
+    console = option_console(arguments)
     sweep = _make_sweep(arguments)
     if arguments.dry_run:
         console.print(plan_table(sweep))

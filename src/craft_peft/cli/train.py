@@ -8,7 +8,8 @@ import sys
 from ..glue.methods import METHODS
 from ..glue.recipes import Recipe
 from ..glue.tasks import TASKS
-from .arguments import named_value, whole_numbers, words, words_or_none
+from .arguments import Several, named_value, whole_numbers, words, words_or_none
+from .wording import option_console
 
 EXAMPLE = """\
 examples:
@@ -66,7 +67,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="begin with the adapter of this finished run, of the same method and model, under a new head",
     )
     parser.add_argument(
-        "--ranks", type=whole_numbers, metavar="R[,R,R]", help="the method's setting, as 12,100,100 or 8 (see below)"
+        "--ranks",
+        action=Several,
+        read=whole_numbers,
+        metavar="R",
+        help="the method's setting, as 12,100,100 or 8 (see below)",
     )
     parser.add_argument(
         "--budget",
@@ -77,17 +82,19 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--option",
         dest="method_options",
-        action="append",
-        default=[],
-        type=named_value,
+        action=Several,
+        read=named_value,
+        add=True,
+        formed=True,
         metavar="NAME=VALUE",
-        help="a further field of the method's PEFT config, as tying=free; may be repeated",
+        help="further fields of the method's PEFT config, as tying=free",
     )
     parser.add_argument(
         "--target-modules",
-        type=words,
-        metavar="NAME[,NAME]",
-        help="modules to adapt (default: query and value, as the model calls them)",
+        action=Several,
+        read=words,
+        metavar="NAME",
+        help="modules to adapt, as query,value (default: query and value, as the model calls them)",
     )
     _add_recipe(parser)
     _add_run(parser)
@@ -102,9 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ..glue.summary import print_result
     from ..glue.training import TrainingConfig, train
 
-    fields = {name: value for name, value in vars(arguments).items() if name not in ("run", "interrupted")}
+    fields = {name: value for name, value in vars(arguments).items() if name not in ("run", "interrupted", "options")}
     fields["method_options"] = dict(arguments.method_options)
-    result = train(TrainingConfig(**fields), console=Console(file=sys.stderr), began=machine.process_start())
+    result = train(
+        TrainingConfig(**fields), console=option_console(arguments, file=sys.stderr), began=machine.process_start()
+    )
     if machine.join_processes().is_main_process:
         print_result(Console(), result)
     return 0
@@ -123,9 +132,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", metavar="TYPE", help="auto, float32 or bf16 (default: auto)")
     parser.add_argument(
         "--report-to",
-        type=words_or_none,
+        action=Several,
+        read=words_or_none,
         default=(),
-        metavar="NAME[,NAME]",
+        metavar="NAME",
         help="also log to tensorboard, wandb or mlflow (default: none)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in DIR")
@@ -153,7 +163,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--dev-data", metavar="FILE", help="your development table (default: a tenth of --data)")
     data.add_argument(
-        "--text-columns", type=words, default=("text",), metavar="NAME[,NAME]", help="one or two (default: text)"
+        "--text-columns",
+        action=Several,
+        read=words,
+        default=("text",),
+        metavar="NAME",
+        help="one or two (default: text)",
     )
     data.add_argument("--label-column", default="label", metavar="NAME", help="(default: label)")
     data.add_argument(

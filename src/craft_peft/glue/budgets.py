@@ -96,9 +96,9 @@ def choose_setting(name: str, options: MethodOptions, targets: Targets) -> Choic
         others = offers(dataclasses.replace(options, extra={}), targets)
         fitting = ", ".join(other for other, found in others.items() if isinstance(found, Choice) and found.fits)
         raise CraftError(
-            f"`--budget {options.budget}` is below the smallest setting of method `{name}` on this model, "
+            f"`budget={options.budget}` is below the smallest setting of method `{name}` on this model, "
             f"{choice.setting}, which trains {choice.trainable:,} adapter parameters. Give at least "
-            f"`--budget {choice.trainable}`, or another method; within {options.budget:,} fit: {fitting or 'none'}."
+            f"`budget={choice.trainable}`, or another method; within {options.budget:,} fit: {fitting or 'none'}."
         )
     return choice
 

@@ -64,5 +64,5 @@ def check_length(max_length: int, model: PreTrainedModel, name: str) -> None:
     if positions is not None and max_length > positions:
         raise CraftError(
             f"max_length={max_length} is longer than the {positions} positions of `{name}`. Use at most "
-            f"`--max-length {positions}`."
+            f"`max_length={positions}`."
         )

@@ -129,7 +129,7 @@ def _output_inputs(
             if not torch.allclose(output(vectors[-1]), logits, atol=1e-4, rtol=1e-3):
                 raise CraftError(
                     f"The head of {type(model).__name__} does not end in a linear layer on one vector a text, so that "
-                    "it cannot be fitted. Use `--head-start random`."
+                    "it cannot be fitted. Use `head_start='random'`."
                 )
     finally:
         hook.remove()

@@ -125,7 +125,7 @@ class LabelColumn:
             known = ", ".join(f"`{name}`" for name in names)
             advice = "Correct the row, or check that the task is the right one."
             if not _is_whole(wrong[0].cell) and all(as_number(name) is not None for name in names):
-                advice += ' Scores need a run that is trained with `kind="regression"`.'
+                advice += " Scores need a run that is trained as a regression."
             raise self._error(wrong, "unknown label {}.", f"Known labels: {known}. {advice}")
         other = [label for label in labels if label.cell != names[found[label.cell]]]
         if other:
@@ -157,7 +157,7 @@ class LabelColumn:
         if kind == "auto":
             kind, reason = self._decide(labels)
             count = f" of {len(classes):,} classes" if kind == "classification" else ""
-            notes.append(f"Read as a {kind}{count}, since {reason}; `kind` (`--kind`) can say otherwise.")
+            notes.append(f"Read as a {kind}{count}, since {reason}; `kind=...` can say otherwise.")
         if kind == "regression":
             return ()
         if len(classes) < 2:

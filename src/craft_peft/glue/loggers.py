@@ -37,7 +37,7 @@ def check_loggers(names: Sequence[str]) -> None:
             raise CraftError(f"Unknown logger `{name}`.{hint} The loggers are: {', '.join(LOGGERS)}, or none.")
         if not any(importlib.util.find_spec(module) for module in LOGGERS[name]):
             raise CraftError(
-                f"`--report-to {name}` needs a package that is not installed: pip install {LOGGERS[name][0]}"
+                f"`report_to={name}` needs a package that is not installed: pip install {LOGGERS[name][0]}"
             )
 
 

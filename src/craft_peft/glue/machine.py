@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -86,3 +88,28 @@ def peak_memory_bytes() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def free_threads(seconds: float = 0.5) -> Iterator[int]:
+    """Compute in as many threads as processor cores are idle now; at least one, at most as many as PyTorch would take.
+
+    The threads of one product wait for each other at its end, and spin. Beside another busy process one of them waits
+    for its turn on a core while the others spin their own turns away: two threads on two cores of which one is busy
+    take three times as long as one thread.
+
+    Args:
+        seconds: How long the cores are watched.
+
+    Yields:
+        The number of threads.
+    """
+    before = torch.get_num_threads()
+    if before > 1:
+        cores = psutil.cpu_count() or 1
+        idle = cores * (1 - psutil.cpu_percent(seconds) / 100)
+        torch.set_num_threads(max(1, min(before, int(idle + 0.25))))
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

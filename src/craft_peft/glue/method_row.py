@@ -17,7 +17,7 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """The numbers that `--ranks` sets, and how they grow when a budget chooses them.
+    """The numbers that `ranks` sets, and how they grow when a budget chooses them.
 
     Args:
         names: What the numbers are called.
@@ -71,11 +71,11 @@ class MethodOptions:
     def __post_init__(self) -> None:
         if self.ranks is not None and self.budget is not None:
             raise CraftError(
-                f"Both `--ranks {','.join(map(str, self.ranks))}` and `--budget {self.budget}` were given: a budget "
+                f"Both `ranks={self.ranks}` and `budget={self.budget}` were given: a budget "
                 "chooses the ranks. Give one of them."
             )
         if self.budget is not None and self.budget < 1:
-            raise CraftError(f"`--budget {self.budget}` is no number of parameters: it must be 1 or more.")
+            raise CraftError(f"`budget={self.budget}` is no number of parameters: it must be 1 or more.")
 
 
 @dataclass(frozen=True)

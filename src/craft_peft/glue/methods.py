@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from peft import PeftConfig, TaskType
 
 from ..errors import CraftError, did_you_mean
@@ -29,21 +31,29 @@ def make_peft_config(name: str, options: MethodOptions) -> PeftConfig | None:
     """
     method = find_method(name)
     if method.config is None:
-        if options != MethodOptions():
+        given = {**vars(options), "method_options": options.extra}
+        found = ", ".join(f"`{key}={value}`" for key, value in given.items() if key != "extra" and value)
+        if found:
             raise CraftError(
                 f"Method `{name}` adds nothing to the model, so that ranks, a budget, target modules and adapter "
-                f"options have no meaning for it (found {options}). Leave them out, or choose another method."
+                f"options have no meaning for it (found {found}). Leave them out, or choose another method."
             )
         return None
     setting, ranks = method.setting, method.setting.default if options.ranks is None else options.ranks
     if ranks is not None and (len(ranks) != len(setting.names) or min(ranks) < 1):
         raise CraftError(
             f"ranks={ranks} does not fit method `{name}`, which takes {len(setting.names)} whole number(s) of at least "
-            f"1: `--ranks {','.join(setting.names).upper()}`."
+            f"1 ({', '.join(setting.names)}), as `ranks={setting.default or (8,) * len(setting.names)}`."
         )
     fields = {"task_type": TaskType.SEQ_CLS, **({} if ranks is None else method.fields(*ranks)), **options.extra}
     if options.target_modules is not None:
         fields["target_modules"] = list(options.target_modules)
+    known = [field.name for field in dataclasses.fields(method.config) if field.init]
+    if unknown := [key for key in fields if key not in known]:
+        raise CraftError(
+            f"Method `{name}` does not take these options: {', '.join(map(repr, unknown))}."
+            f"{did_you_mean(unknown[0], known)} They are the fields of {method.config.__name__}."
+        )
     try:
         return method.config(**fields)
     except TypeError as error:

@@ -34,7 +34,7 @@ PARTS = 4
 EXPLODED = 1000.0
 """How many times its first value the loss may grow; losses of GLUE start at 0.5 to 10."""
 ADVICE = (
-    "Use a lower `--learning-rate` or a longer warm-up (`--warmup-ratio`), and start again with `--overwrite`. What "
+    "Use a lower `learning_rate` or a longer warm-up (`warmup_ratio`), and start again with `overwrite=True`. What "
     "was saved before stays in the output folder until then."
 )
 

@@ -34,7 +34,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where training keeps what `--resume` needs; gone when the run is finished."""
+        """Where training keeps what `resume` needs; gone when the run is finished."""
         return self.path / CHECKPOINTS
 
     @property
@@ -58,7 +58,7 @@ class RunFolder:
             CraftError: The folder holds a run and nothing was asked, or it holds something else.
         """
         if resume and overwrite:
-            raise CraftError("Both `--resume` and `--overwrite` were given. Choose one of them.")
+            raise CraftError("Both `resume=True` and `overwrite=True` were given. Choose one of them.")
         if self.path.exists() and not self.path.is_dir():
             raise CraftError(f"The output {self.path} is a file. Give a folder that is new or empty.")
         if overwrite and self._metadata() is not None:
@@ -75,12 +75,12 @@ class RunFolder:
             hint = "It is finished, so that there is nothing to resume. " if resume else ""
             raise CraftError(
                 f"The output folder {self.path} already holds a finished run. {hint}Give another folder, or "
-                "`--overwrite` to replace the run."
+                "`overwrite=True` to replace the run."
             )
         if not resume:
             raise CraftError(
-                f"The output folder {self.path} already holds an interrupted run. Give `--resume` to go on with it, "
-                "`--overwrite` to start again, or another folder."
+                f"The output folder {self.path} already holds an interrupted run. Give `resume=True` to go on with it, "
+                "`overwrite=True` to start again, or another folder."
             )
 
     def claim(self, settings: dict[str, Any], task: dict[str, Any], resume: bool) -> tuple[Path | None, list[str]]:
@@ -120,7 +120,7 @@ class RunFolder:
         """Moves the staged files to their place, the result last, and removes the checkpoints.
 
         The list of files is written before the first one is moved, so that a run that dies in between can still be
-        removed completely by `--overwrite`.
+        removed completely by `overwrite`.
         """
         metadata = self._metadata()
         assert metadata is not None, "publish before claim"
@@ -146,7 +146,7 @@ class RunFolder:
         if metadata is None:
             raise CraftError(f"{self.path} is not a run of craft-peft (it has no {METADATA}). Give its output folder.")
         if not self.is_finished:
-            raise CraftError(f"The run in {self.path} is not finished. Go on with it: `craft-peft train ... --resume`.")
+            raise CraftError(f"The run in {self.path} is not finished. Give its training again, and let it resume.")
         return metadata
 
     def _metadata(self) -> dict[str, Any] | None:
@@ -175,10 +175,10 @@ def _require_equal(earlier: dict[str, Any], wanted: dict[str, Any], path: Path) 
         listed = "; ".join(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in different)
         raise CraftError(
             f"The interrupted run in {path} had other settings ({listed}). Resume with the same ones, or start again "
-            "with `--overwrite`."
+            "with `overwrite=True`."
         )
     if earlier["task"] != wanted["task"]:
         raise CraftError(
             f"The interrupted run in {path} was trained for other labels or columns. Has the data changed? Start again "
-            "with `--overwrite`."
+            "with `overwrite=True`."
         )

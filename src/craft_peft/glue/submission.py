@@ -112,7 +112,7 @@ def find_runs(folder: Path | None, named: Mapping[str, str | Path]) -> dict[str,
             raise CraftError(
                 f"{folder} holds {len(paths)} runs of `{task}` ({', '.join(map(str, paths[:4]))}"
                 f"{', ...' if len(paths) > 4 else ''}), and a submission takes one. Name it: "
-                f"`--task-run {task}={paths[0]}`."
+                f"`named={{{task!r}: {str(paths[0])!r}}}`."
             )
         runs[task] = paths[0]
     return runs
@@ -142,8 +142,8 @@ def plan(runs: dict[str, Path], data: Path, fill: bool) -> Plan:
     if missing and not fill:
         raise CraftError(
             f"There is no run for {', '.join(missing)}, and GLUE's server takes a submission with all "
-            f"{len(TEST_SETS)} files only. Train these tasks too, name their runs with `--task-run TASK=DIR`, or give "
-            "`--fill-missing` to fill their files with the most frequent class of the training set."
+            f"{len(TEST_SETS)} files only. Train these tasks too, name their runs with `named={{'TASK': 'DIR'}}`, "
+            "or give `fill=True` to fill their files with the most frequent class of the training set."
         )
     tables = {}
     for test in TEST_SETS:
@@ -151,7 +151,7 @@ def plan(runs: dict[str, Path], data: Path, fill: bool) -> Plan:
         if path is None and test.task in runs:
             raise CraftError(
                 f"There is no file {data / test.sources[0]}, the test set of {test.name} that {runs[test.task]} is to "
-                "predict. Give the folder of the whole GLUE download with `--data`."
+                "predict. Give the folder of the whole GLUE download with `data=...`."
             )
         if path is not None:
             tables[test.name] = read_table(path)

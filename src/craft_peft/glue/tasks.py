@@ -30,7 +30,7 @@ class Task:
     A table of the user's own becomes a `Task` with the first five fields only.
 
     Args:
-        name: As given to `--task`.
+        name: As a user gives it.
         text_columns: One or two columns that hold the text.
         label_column: The column that holds the label or the score.
         labels: Names of the classes in the order of their numbers; empty for a regression.

@@ -131,9 +131,9 @@ def _memory_explained(recipe: Recipe) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise
         raise CraftError(
-            f"Out of memory in training: {str(error).strip().partition(chr(10))[0]} Lower `--batch-size` (now "
-            f"{recipe.batch_size}) or `--max-length` (now {recipe.max_length}), or use a smaller model; start again "
-            "with `--overwrite`."
+            f"Out of memory in training: {str(error).strip().partition(chr(10))[0]} Lower `batch_size` (now "
+            f"{recipe.batch_size}) or `max_length` (now {recipe.max_length}), or use a smaller model; start again "
+            "with `overwrite=True`."
         ) from error
 
 
@@ -216,7 +216,7 @@ def _prepare(config: TrainingConfig, data: TextData | None, processes: int) -> _
     if recipe.batch_size % processes:
         raise CraftError(
             f"A batch of {recipe.batch_size} rows cannot be shared evenly by {processes} processes. Use a "
-            "`--batch-size` that their number divides."
+            "`batch_size` that their number divides."
         )
     rest, held_out = hold_out(data.train, config.hold_out, config.seed) if config.hold_out else (data.train, None)
     # Before the model is made, so that its head starts the same way whatever the method.

@@ -10,7 +10,7 @@ from ...errors import CraftError, did_you_mean
 from ..tasks import TASKS
 
 FILES = {"published": Path(__file__).parent / "published.csv"}
-"""What `--against` may name: GLUE development results times 100. A blank is a figure that was not seen."""
+"""What `against` may name: GLUE development results times 100. A blank is a figure that was not seen."""
 
 STARTS = {"n": "", "mnli": "MRPC, RTE and STS-B started from MNLI"}
 
@@ -61,7 +61,7 @@ def read_published(name: str) -> list[PublishedRow]:
     """
     if name not in FILES:
         hint = did_you_mean(name, FILES)
-        raise CraftError(f"There are no figures `{name}`.{hint} `--against` takes: {', '.join(FILES)}.")
+        raise CraftError(f"There are no figures `{name}`.{hint} `against=...` takes: {', '.join(FILES)}.")
     with FILES[name].open(encoding="utf-8", newline="") as file:
         return [
             PublishedRow(

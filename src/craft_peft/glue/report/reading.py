@@ -168,4 +168,4 @@ def _nothing(paths: Sequence[str | Path], left_out: list[LeftOut], unfinished: l
         text += f" Left out: {listed}{' ...' if len(left_out) > 5 else ''}."
     if unfinished:
         text += f" {len(unfinished)} run(s) are not finished yet."
-    return f"{text} Give a folder with finished runs (`craft-peft train --output ...`) or published result files."
+    return f"{text} Give a folder with finished runs (of `craft-peft train`) or published result files."

@@ -44,7 +44,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What `--only` is compared with."""
+        """What `only` is compared with."""
         return f"{slug(self.task)}-{slug(self.method)}-seed{self.seed}"
 
 

@@ -245,7 +245,7 @@ def _wanted(plan: Plan, only: Sequence[str]) -> list[Cell]:
     chosen = [cell for cell in plan.cells if not cell.chooses and any(fnmatch.fnmatch(cell.name, p) for p in only)]
     if not chosen:
         names = sorted({cell.name for cell in plan.cells if not cell.chooses})
-        raise CraftError(f"No run matches `--only {','.join(only)}`. The runs are: {', '.join(names)}.")
+        raise CraftError(f"No run matches `only={','.join(only)}`. The runs are: {', '.join(names)}.")
     methods = {cell.method for cell in chosen}
     needed = {*chosen, *(cell for cell in plan.cells if cell.chooses and cell.method in methods)}
     starts = {cell.task: plan.experiment.tasks[cell.task].start_from for cell in chosen}

@@ -241,7 +241,7 @@ class Store:
             lock.acquire()
         except Timeout:
             raise CraftError(
-                f"Another sweep is at work in {self.runs}. Wait for it, end it, or give another folder with `--runs`."
+                f"Another sweep is at work in {self.runs}. Wait for it, end it, or give another folder with `runs=...`."
             ) from None
         try:
             yield

@@ -169,7 +169,7 @@ def summary_lines(sweep: Sweep) -> list[str]:
             more = f" ({sweep.store.runs / record.traceback})" if record.traceback else ""
             lines.append(f"{state}: {planned.name}: {record.reason.splitlines()[0]}{more}")
     if counts[FAILED]:
-        lines.append("Start the same command with --retry-failed to do the failed runs again.")
+        lines.append("Start the same command with `retry_failed=True` to do the failed runs again.")
     if counts[BLOCKED]:
         lines.append(f"{counts[BLOCKED]} runs need one that failed or diverged.")
     return lines
