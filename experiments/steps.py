@@ -22,8 +22,9 @@ from transformers import DataCollatorWithPadding, set_seed
 from craft_peft.glue.encoding import encode
 from craft_peft.glue.machine import describe_processor, describe_versions, find_commit
 from craft_peft.glue.methods import METHODS, make_peft_config
-from craft_peft.glue.models import adapt, load_base
+from craft_peft.glue.models import adapt
 from craft_peft.glue.optimization import RunTrainer, trainer_arguments
+from craft_peft.glue.pretrained import load_base
 from craft_peft.glue.settings import TrainingConfig, read_data
 from craft_peft.glue.sweep.counts import Counts
 from craft_peft.glue.sweep.experiment import read_experiment

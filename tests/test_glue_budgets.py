@@ -29,7 +29,8 @@ from craft_peft.glue import budgets
 from craft_peft.glue.budgets import Choice, choose_setting, last_within, offers, price
 from craft_peft.glue.method_row import MethodOptions, Ranks
 from craft_peft.glue.methods import METHODS, make_peft_config
-from craft_peft.glue.models import adapt, head_modules, is_head_parameter
+from craft_peft.glue.models import adapt
+from craft_peft.glue.pretrained import head_modules, is_head_parameter
 from craft_peft.glue.targets import Targets, empty_model, find_model_targets
 
 ADAPTERS = [name for name, method in METHODS.items() if method.config is not None]

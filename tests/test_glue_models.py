@@ -26,8 +26,9 @@ from craft_peft.glue.encoding import encode
 from craft_peft.glue.heads import HEAD_STARTS, start_head
 from craft_peft.glue.method_row import MethodOptions
 from craft_peft.glue.methods import METHODS, make_peft_config
-from craft_peft.glue.models import adapt, choose_precision, head_modules, load_base, resolve_model_name
+from craft_peft.glue.models import adapt, choose_precision
 from craft_peft.glue.optimization import parameter_groups
+from craft_peft.glue.pretrained import head_modules, is_head_parameter, load_base, resolve_model_name
 from craft_peft.glue.settings import TrainingConfig, read_data
 from craft_peft.glue.targets import find_model_targets
 from craft_peft.glue.tasks import TASKS, Task
@@ -94,8 +95,8 @@ def test_head_of_two_modules_is_trained_and_saved_whole(tmp_path: Path) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for module in ("pre_classifier", "classifier"):
         assert f"base_model.model.{module}.modules_to_save.default.weight" in trained
-        assert models.is_head_parameter(f"base_model.model.{module}.modules_to_save.default.weight", model)
-    assert sum(models.is_head_parameter(name, model) for name in trained) == 4
+        assert is_head_parameter(f"base_model.model.{module}.modules_to_save.default.weight", model)
+    assert sum(is_head_parameter(name, model) for name in trained) == 4
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.config is not None])

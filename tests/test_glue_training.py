@@ -26,6 +26,7 @@ from craft_peft.glue.inference import evaluate, predict, read_for
 from craft_peft.glue.methods import METHODS
 from craft_peft.glue.models import load_trained
 from craft_peft.glue.optimization import parameter_groups, split_by_length
+from craft_peft.glue.pretrained import load_base
 from craft_peft.glue.results import Result
 from craft_peft.glue.training import TrainingConfig, train
 
@@ -135,7 +136,7 @@ class TestFinishedRun:
         assert {"commit", "processor"} <= set(kept)
 
     def test_parameter_counts(self, runs: dict[str, Result]) -> None:
-        encoder = models.load_base(runs["full"].model, load_trained(runs["full"].output).task)[0].base_model
+        encoder = load_base(runs["full"].model, load_trained(runs["full"].output).task)[0].base_model
         base = sum(parameter.numel() for parameter in encoder.parameters())
         # CRAFT: 2 stacks of transforms (2, 16, 16); LoRA: 2 layers, 2 projections, 2 factors of 8 x 16.
         adapters = {"craft": 2 * (4 + 256 + 256), "lora": 2 * 2 * 2 * 8 * 16, "head": 0, "full": base}
@@ -398,7 +399,7 @@ class TestReadingBack:
 
 def test_groups_without_parameters_are_left_out(workshop: Path, runs: dict[str, Result]) -> None:
     task = load_trained(runs["head"].output).task
-    base, _ = models.load_base(str(workshop / "encoder"), task)
+    base, _ = load_base(str(workshop / "encoder"), task)
     model = models.adapt(base, None, trains_base=False)
     assert [group["name"] for group in parameter_groups(model, METHODS["head"].recipe)] == ["head"]
 

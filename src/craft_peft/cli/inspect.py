@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         _check_plot(Path(arguments.plot))
     from rich.console import Console
 
-    from ..glue.inspection import draw_spectra, inspect_model, load_encoder
+    from ..glue.inspection import draw_spectra, inspect_model
+    from ..glue.pretrained import load_encoder
 
     console = Console()
     with Console(stderr=True).status("reading and decomposing ..."):

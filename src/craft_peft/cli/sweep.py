@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _make_sweep(arguments: argparse.Namespace) -> Sweep:
     from ..errors import CraftError
     from ..glue.loggers import check_loggers
-    from ..glue.models import resolve_model_name
+    from ..glue.pretrained import resolve_model_name
     from ..glue.sweep.counts import Counts
     from ..glue.sweep.experiment import read_experiment
     from ..glue.sweep.plan import Plan

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.fingerprint import generate_random_fingerprint
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CraftError
@@ -61,7 +62,15 @@ def longest_first(rows: datasets.Dataset) -> list[int]:
 def check_length(max_length: int, model: PreTrainedModel, name: str) -> None:
     """Raises a `CraftError` if rows may be longer than the model's positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
+    if positions is None or positions < 1:  # XLNet says -1 for no limit
+        return
+    words = model.get_input_embeddings()
+    for table in model.modules():
+        if isinstance(table, nn.Embedding) and table is not words and table.num_embeddings == positions:
+            # RoBERTa's first position comes after that of padding.
+            positions -= 0 if table.padding_idx is None else table.padding_idx + 1
+            break
+    if max_length > positions:
         raise CraftError(
             f"max_length={max_length} is longer than the {positions} positions of `{name}`. Use at most "
             f"`max_length={positions}`."

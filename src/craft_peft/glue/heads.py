@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from ..errors import CraftError
 from .encoding import longest_first
-from .models import head_modules
+from .pretrained import head_modules, new_modules
 from .tasks import Task
 
 EXAMPLES = 512
@@ -92,7 +92,8 @@ def start_head(
     set_output = HEAD_STARTS[start]
     if set_output is None:
         return
-    layers = (layer for name in head_modules(model) for layer in getattr(model, name).modules())
+    parts = [model.get_submodule(path) for path in (*new_modules(model), *head_modules(model))]
+    layers = (layer for part in parts for layer in part.modules())
     outputs = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.out_features == task.outputs]
     if not outputs:
         raise CraftError(
@@ -138,8 +139,8 @@ def _output_inputs(
 
 
 def _answer_vectors(inputs: Tensor, attention_mask: Tensor) -> Tensor:
-    if inputs.ndim == 2:
-        return inputs
+    if inputs.shape[:-1].numel() == len(inputs):
+        return inputs.flatten(1)
     # A decoder applies its head to every token and answers at the last one that is not padding.
     last = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1)).argmax(dim=1)
     return inputs[torch.arange(len(inputs)), last]

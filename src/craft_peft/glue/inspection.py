@@ -10,16 +10,13 @@ import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
 
-from ..errors import CraftError
 from ..plugin.craft_config import MODES, CraftConfig
 from ..plugin.stacks import collect_stacks
 from ..plugin.targets import find_targets, set_default_targets
 from ..slices import unfold
 from ..tucker import Tucker, hosvd
 from ..weights import StackShape
-from .models import quiet_transformers, resolve_model_name
 
 Ranks = tuple[int, int, int]
 
@@ -86,30 +83,6 @@ class StackReport:
         held = (blocks[min(r, squares.shape[0]) - 1, min(r, squares.shape[1]) - 1].item() for r in sizes)
         target = share * blocks[-1, -1].item()
         return next((r for r, energy in zip(sizes, held, strict=True) if energy >= target), len(sizes))
-
-
-def load_encoder(name: str) -> PreTrainedModel:
-    """Reads a pretrained model of any architecture, without a head.
-
-    Args:
-        name: Name on the Hub, or a folder.
-
-    Returns:
-        The model, with its weights in the type in which they are stored.
-
-    Raises:
-        CraftError: No such folder or name, or nothing that `AutoModel` can read.
-    """
-    source = resolve_model_name(name)
-    try:
-        with quiet_transformers():
-            return AutoModel.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CraftError(
-            f"Could not read a model from `{name}`: {reason} Give a folder that holds config.json and weights, or a "
-            "name on the Hub."
-        ) from error
 
 
 def inspect_model(

@@ -23,7 +23,7 @@ from transformers import (
 
 from ..errors import CraftError
 from .metrics import compute_metrics, mean_score
-from .models import is_head_parameter
+from .pretrained import is_head_parameter
 from .recipes import Recipe
 from .results import EpochRecord
 from .tasks import Task

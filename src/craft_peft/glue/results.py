@@ -110,7 +110,7 @@ class Result:
         model: Base model, as the user named it.
         seed: Seed of the run.
         config: Resolved settings.
-        data: Rows in each data set, and notes on how they were read.
+        data: Rows in each data set, and notes on how they and the base model were read.
         parameters: Parameter counts.
         score: The three scores.
         metrics: Metrics of the last epoch by development set.

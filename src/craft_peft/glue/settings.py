@@ -13,7 +13,7 @@ from ..errors import CraftError
 from .data import TextData, read_glue, read_own, take_rows
 from .method_row import MethodOptions
 from .methods import find_method
-from .models import portable_model_name
+from .pretrained import portable_model_name
 from .recipes import Recipe
 from .runs import RunFolder
 from .tasks import find_task

@@ -15,7 +15,7 @@ from ..errors import CraftError
 from ..plugin.config import StackConfig
 from ..plugin.stacks import Stack, collect_stacks
 from ..plugin.targets import find_targets, set_default_targets
-from .models import quiet_transformers, resolve_model_name
+from .pretrained import quiet_transformers, resolve_model_name
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,10 @@ from .methods import METHODS, find_method, make_peft_config
 from .models import (
     adapt,
     choose_precision,
-    is_head_parameter,
-    load_base,
-    quiet_transformers,
-    resolve_model_name,
     start_from_run,
 )
 from .optimization import HELD_OUT, RunTrainer, Watch, measure, read_curve, trainer_arguments
+from .pretrained import describe_new_modules, is_head_parameter, load_base, quiet_transformers, resolve_model_name
 from .recipes import Recipe
 from .results import Parameters, Result, Seconds
 from .runs import RESULT, RunFolder
@@ -250,7 +247,7 @@ def _prepare(config: TrainingConfig, data: TextData | None, processes: int) -> _
         config=config,
         processes=processes,
         choice=choice,
-        data=dataclasses.replace(data, train=rest),
+        data=dataclasses.replace(data, train=rest, notes=(*data.notes, *describe_new_modules(base, config.model))),
         held_out=held_out,
         model=model,
         tokenizer=tokenizer,

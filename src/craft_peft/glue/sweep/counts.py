@@ -15,7 +15,7 @@ from ...plugin.folders import write_whole
 from .. import budgets, method_table
 from ..method_row import MethodOptions, Ranks
 from ..methods import METHODS
-from ..models import head_modules, resolve_model_name
+from ..pretrained import head_modules, resolve_model_name
 from ..targets import empty_model, find_model_targets
 from .experiment import MethodRow
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..method_row import Ranks
 from ..methods import METHODS
-from ..models import choose_precision, resolve_model_name
+from ..models import choose_precision
+from ..pretrained import resolve_model_name
 from ..settings import TrainingConfig, identity
 from ..tasks import TASKS
 from .counts import Counts

@@ -15,7 +15,7 @@ from ...errors import CraftError
 from ...plugin.folders import write_whole
 from ..checking import Unusable, parse_result
 from ..figures import as_field, read_stacks
-from ..models import resolve_model_name
+from ..pretrained import resolve_model_name
 from ..results import as_lines
 from ..runs import RESULT, RunFolder
 from ..settings import identity
