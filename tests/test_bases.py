@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from small_models import WIDTH, bert
 from torch import nn
 from transformers import (
@@ -14,7 +15,6 @@ from transformers import (
 )
 
 from craft_peft import CraftConfig, CraftError, fit_bases
-from peft import get_peft_model
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 2}
 IDS = torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""On every model that is accepted merged is adapted, and all that is trained has a gradient; what is passed by is told."""
+"""On every model that is accepted merged is adapted and all that is trained has a gradient; what is passed by is told."""
 
 import copy
 import pickle
@@ -258,7 +258,9 @@ def injected(base):
     return inject_adapter_in_model(CRAFT.config(target_modules=["query"]), base)
 
 
-@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
 def test_copies_that_were_made_before_the_first_pass_tell_too(copied):
     model = injected(nn.Sequential(PassedBy(), PassedBy()))
     twin = copied(model)

@@ -43,8 +43,8 @@ class Positions:
         self._mask = _attended(batch.get("attention_mask"), batch)
         self._decoder_mask = _attended(batch.get("decoder_attention_mask"), batch)
         labels = batch.get("labels")
-        if self._encoder is not None and self._decoder_mask is None and getattr(labels, "ndim", 0) == 2:
-            self._decoder_mask = labels != -100
+        if self._encoder is not None and self._decoder_mask is None and isinstance(labels, Tensor) and labels.ndim == 2:
+            self._decoder_mask = labels.ne(-100)
         if self._mask_of is not None:
             self._mask = self._decoder_mask = self._mask_of(batch) != 0
         if self._encoder is None:
