@@ -1,4 +1,4 @@
-"""On every model that is accepted merged is adapted and all that is trained has a gradient; what is passed by is told."""
+"""On every model accepted, merged is adapted and all that is trained has a gradient; what is passed by is told."""
 
 import copy
 import pickle
