@@ -1,4 +1,5 @@
-"""`torch.compile` in a process of its own: it cannot trace functions whose annotations are checked, as conftest asks.
+"""`torch.compile` and `torch.jit.trace` in a process of their own: they cannot trace functions whose annotations are
+checked, as conftest asks.
 
     python tests/compiled_laws.py
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
+import warnings
 
 import torch
 from laws import assert_close
 from method_table import METHODS, Method
 from peft import get_peft_model
-from small_models import bert
+from small_models import bert, tokens
 from torch import Tensor, nn
 
 WIDTH, LAYERS = 16, 2  # two layers already share
@@ -86,9 +89,50 @@ def trains_a_transformer(method: Method) -> None:
     is_one_graph_for_all_batches(model, [torch.arange(14).reshape(2, 7), torch.arange(21).reshape(3, 7)])
 
 
+class Logits(nn.Module):
+    """A model whose output is a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs).logits
+
+
+@torch.no_grad()
+def computes_the_same_when_traced(model: nn.Module, example: Tensor, inputs: Tensor) -> None:
+    expected = model.eval()(inputs)
+    with tempfile.NamedTemporaryFile() as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch prefers torch.compile and torch.export
+        torch.jit.save(torch.jit.trace(model, example, strict=False), file.name)
+        loaded = torch.jit.load(file.name)
+    assert_close(loaded(inputs), expected, products=1000)
+
+
+def is_traced(method: Method) -> None:
+    model = adapted(method, Blocks())
+    computes_the_same_when_traced(model, rows(8) + 1, rows(8))  # so many rows are one step of our own else
+    computes_the_same_when_traced(model, rows(1) + 1, rows(1))
+
+
+def is_traced_in_a_transformer(method: Method) -> None:
+    base = bert(layers=LAYERS)
+    base.set_attn_implementation("eager")
+    computes_the_same_when_traced(Logits(adapted(method, base)), tokens(1), tokens())
+
+
 ONE_ROW_A_METHOD = [method for method in METHODS if not method.setting]
-LAWS = {trains: METHODS, infers: ONE_ROW_A_METHOD, trains_a_transformer: ONE_ROW_A_METHOD}
-CASES = [(law, method) for law, methods in LAWS.items() for method in methods]
+CASES = [
+    (law, method)
+    for law, methods in {trains: METHODS, infers: ONE_ROW_A_METHOD, trains_a_transformer: ONE_ROW_A_METHOD}.items()
+    for method in methods
+]
+TRACE_CASES = [
+    (law, method)
+    for law, methods in {is_traced: METHODS, is_traced_in_a_transformer: ONE_ROW_A_METHOD}.items()
+    for method in methods
+]
 
 
 def outcome(law, method: Method) -> str:
@@ -101,4 +145,4 @@ def outcome(law, method: Method) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({f"{law.__name__}-{method}": outcome(law, method) for law, method in CASES}))
+    print(json.dumps({f"{law.__name__}-{method}": outcome(law, method) for law, method in CASES + TRACE_CASES}))

@@ -1,4 +1,4 @@
-"""`torch.compile` without graph breaks or recompilation, and `torch.export`, for every method."""
+"""`torch.compile` without graph breaks or recompilation, `torch.jit.trace` and `torch.export`, for every method."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import compiled_laws
 import pytest
 import torch
-from compiled_laws import CASES, Blocks, adapted, rows
+from compiled_laws import CASES, TRACE_CASES, Blocks, adapted, rows
 from laws import assert_close
 from method_table import METHODS
 
@@ -22,6 +22,12 @@ def outcomes():
 @pytest.mark.peft_feature("`torch.compile(fullgraph=True)`, one graph for all batch sizes")
 @pytest.mark.parametrize(("use", "method"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_compiles_to_one_graph(use, method, outcomes):
+    assert outcomes[f"{use.__name__}-{method}"] == ""
+
+
+@pytest.mark.peft_feature("`torch.jit.trace`: saved, loaded, the same outputs")
+@pytest.mark.parametrize(("use", "method"), TRACE_CASES, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_a_trace_computes_the_same(use, method, outcomes):
     assert outcomes[f"{use.__name__}-{method}"] == ""
 
 

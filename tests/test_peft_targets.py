@@ -189,11 +189,18 @@ def test_fields_of_lora_alone_are_refused(name, method):
 
 
 @pytest.mark.peft_feature("tied weights: a warning when an adapter is put on one of them")
-def test_a_tied_head_is_warned_about():
+def test_a_tied_head_is_warned_about(tmp_path):
     with pytest.warns(UserWarning, match="`tie_word_embeddings=True` and a tied layer is part of the adapter"):
-        model = get_peft_model(gpt2(), CraftConfig(target_modules=["lm_head"], init_weights=False))
-    with pytest.warns(UserWarning, match=r"tied_target_modules=\['lm_head'\] are part of the adapter"):
-        model.merge_and_unload()
+        model = get_peft_model(gpt2(), CraftConfig(target_modules=["lm_head"], init_weights=False)).eval()
+    adapted = logits(model)
+    with (
+        pytest.warns(UserWarning, match=r"tied_target_modules=\['lm_head'\] are part of the adapter"),
+        pytest.warns(UserWarning, match="Input and output embeddings are no longer tied after merging"),
+    ):
+        merged = model.merge_and_unload()
+    assert_close(logits(merged), adapted, products=1000)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path)), logits(merged))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def hadamard(x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
     # The matrix is a Kronecker product of small ones: one product a factor, each time over the next bits.
     while left > 1:
         radix = min(left, _RADIX)
-        left //= radix
+        left = left // radix  # not in place: torch.jit.trace has tensors for sizes, and `radix` may be this one
         done = shape[-1] // (left * radix)
         matrix = _hadamard_matrix(radix).to(x)
         x = x.reshape(-1, radix) @ matrix if done == 1 else matrix @ x.reshape(-1, radix, done)

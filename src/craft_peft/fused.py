@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
@@ -55,9 +56,22 @@ def adapted_linear(
         plain = weight.dtype == middle.dtype == x.dtype == thin and not forms_the_weight(
             _count(hidden), weight, x.dtype
         )
-        if plain or torch._C._are_functorch_transforms_active():
+        if plain or is_looked_into():
             return add_thin(F.linear(x, weight.to(x.dtype), _to(bias, x)), hidden @ middle.to(thin).T, out_factor.T)
         return _AdaptedLinear.apply(x, hidden, middle, weight, bias, out_factor, in_factor)
+
+
+def is_looked_into() -> bool:
+    """Whether a tool looks at the single operations, so that a step of our own would be one that it does not know.
+
+    Those are compilers and exporters, `torch.jit.trace`, the transforms of `torch.func`, forward-mode derivatives.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def forms_the_weight(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:

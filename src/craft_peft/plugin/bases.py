@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,10 +15,17 @@ from ..adapters.base import StackAdapter
 from ..errors import CraftError
 from ..slices import Slices
 from .layer import StackedLinear, StackSlot
+from .positions import Positions
+from .quantization import adapter_place
 from .stacks import Stack
 
 
-def fit_bases(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> None:
+def fit_bases(
+    model: PeftModel,
+    batches: Iterable[Mapping[str, Any]],
+    adapter_name: str = "default",
+    mask_of: Callable[[Mapping[str, Any]], Tensor] | None = None,
+) -> None:
     r"""Compute the bases of an adapter with ``basis="activations"`` or ``"gradients"``, once, before it is trained.
 
     For "activations" they are the leading directions of the weights with each input channel multiplied by its root
@@ -26,14 +33,20 @@ def fit_bases(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapter_na
     of the summed losses with respect to the weights. The core is the pretrained weights' projection on them. The
     adapter is off while the batches pass, the model is in eval mode, and no weight changes.
 
+    Padding does not count: positions outside the batch's ``attention_mask``; in the decoder of an encoder-decoder
+    those outside its ``decoder_attention_mask`` or, without one, where the label is -100.
+
     Args:
         model: with the adapter just added.
         batches: keyword arguments of the model's forward; for "gradients" with labels, so that it returns a loss. In
             distributed training give every process the same batches.
         adapter_name: which adapter.
+        mask_of: gives for a batch which positions of the layers' inputs count, ``(rows, positions)``, where its
+            attention mask does not tell: in audio, say, where a position is many numbers of the input.
 
     Raises:
-        CraftError: no such adapter, no batches, no loss where it is needed, or another basis.
+        CraftError: no such adapter, no batches, no loss where it is needed, another basis, or a target module that no
+            batch reached.
 
     Cost:
         One forward pass a batch, for gradients a backward pass and one matrix of the weight's size a layer; then one
@@ -59,16 +72,19 @@ def fit_bases(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapter_na
             f"The bases of the adapter '{adapter_name}' are not computed from batches. Use "
             "`CraftConfig(basis='activations')` or 'gradients', or leave `fit_bases` out."
         )
-    measure, was_training, count = _MEASURES[source](), model.training, 0
-    with ExitStack() as hooks, model.eval().disable_adapter():
-        for _, stack in stacks:
-            for module in stack.modules:
-                hooks.enter_context(module.register_forward_hook(measure.see))
+    modules = {module: key for _, stack in stacks for key, module in zip(stack.keys, stack.modules, strict=True)}
+    positions = Positions(model.get_base_model(), modules, mask_of)
+    measure, device, count = _MEASURES[source](positions), adapter_place(next(iter(modules)))[0], 0
+    with ExitStack() as hooks, _in_eval_mode(model), model.disable_adapter():
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(measure.see))
         for count, batch in enumerate(batches, start=1):  # noqa: B007
-            measure.after(model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}))
-    model.train(was_training)
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            with positions.of_batch(batch):
+                measure.after(model(**batch))
     if count == 0:
         raise CraftError("`fit_bases` got no batches; a few are needed, as keyword arguments of the model's forward.")
+    _check_reached([key for module, key in modules.items() if module not in measure.found])
     for adapter, stack in stacks:
         weights = stack.read_weights()
         adapter.set_bases(weights, _Directions(measure, stack.modules, weights))
@@ -80,37 +96,60 @@ def wants_batches(model: nn.Module, adapter_name: str = "default") -> bool:
     return any(layer.slots[adapter_name].adapter.directions_from is not None for layer in layers)
 
 
+def _check_reached(missed: list[str]) -> None:
+    if missed:
+        named = ", ".join(repr(key) for key in missed[:3]) + (f" and {len(missed) - 3} more" if missed[3:] else "")
+        raise CraftError(
+            f"No batch reached the target module{'s' * (len(missed) > 1)} {named}, so there is nothing to compute the "
+            "bases from. Give `fit_bases` batches that use every target, or leave such modules out with "
+            "`exclude_modules`."
+        )
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 class _Activations:
     """Weights with their input channels scaled by the root mean square of what comes in."""
 
-    def __init__(self) -> None:
-        self._squares: dict[nn.Module, Tensor] = {}
+    def __init__(self, positions: Positions) -> None:
+        self._positions = positions
+        self.found: dict[nn.Module, Tensor] = {}
 
     def see(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        squares = args[0].detach().double().square().flatten(0, -2).sum(0)
-        self._squares[module] = self._squares.get(module, 0) + squares
+        rows = self._positions.counted(module, args[0])(args[0].detach())
+        if len(rows):
+            self.found[module] = self.found.get(module, 0) + rows.double().square().sum(0)
 
     def after(self, output: Any) -> None:
         """Nothing is left to do when a batch has passed."""
 
     def directions(self, module: nn.Module, weight: Tensor) -> Tensor:
         # The number of tokens is the same for all channels and so has no influence on the directions.
-        return weight * self._squares[module].sqrt()
+        return weight * self.found[module].sqrt()
 
 
 class _Gradients:
     """The gradient of the loss with respect to each weight, without asking the weight for one: it may be quantised."""
 
-    def __init__(self) -> None:
+    def __init__(self, positions: Positions) -> None:
+        self._positions = positions
         self._anchor = torch.zeros((), requires_grad=True)
-        self._sums: dict[nn.Module, Tensor] = {}
+        self.found: dict[nn.Module, Tensor] = {}
 
     def see(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0].detach()
+        counted, x = self._positions.counted(module, args[0]), args[0].detach()
 
         def add(gradient: Tensor) -> None:
-            product = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-            self._sums[module] = self._sums.get(module, 0) + product
+            self.found[module] = self.found.get(module, 0) + counted(gradient).float().T @ counted(x).float()
 
         output = output + self._anchor.to(output)  # all else may be frozen, and then no gradient would pass
         output.register_hook(add)
@@ -122,7 +161,7 @@ class _Gradients:
         torch.autograd.grad(output.loss, self._anchor)
 
     def directions(self, module: nn.Module, weight: Tensor) -> Tensor:
-        return self._sums[module]
+        return self.found[module]
 
 
 _MEASURES: dict[str, type[_Activations] | type[_Gradients]] = {"activations": _Activations, "gradients": _Gradients}

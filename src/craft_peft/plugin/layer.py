@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -13,9 +14,9 @@ from torch.nn import functional as F
 
 from ..adapters.base import StackAdapter
 from ..errors import CraftError
-from ..fused import autocasts, thin_dtype
+from ..fused import autocasts, is_looked_into, thin_dtype
 from .distributed import check_engine, refuse_replicas
-from .quantization import adapter_place, read_weight, write_weight
+from .quantization import PretrainedWeight, adapter_place, read_weight, weight_at_hand, write_weight
 from .rows import MixedBatch
 from .stacks import oriented, weight_shape
 from .tensor_names import container_names
@@ -61,7 +62,7 @@ class StackSlot(nn.Module):
 
     def fuses_with(self, x: Tensor, base_layer: nn.Module) -> bool:
         """Whether base and adapter can be one step: a plain frozen layer that nobody watches."""
-        if type(base_layer) is not nn.Linear or torch.compiler.is_compiling() or not self.adapter.fuses:
+        if type(base_layer) is not nn.Linear or not self.adapter.fuses or x.is_nested or is_looked_into():
             return False
         weight, bias, trained = base_layer.weight, base_layer.bias, self.adapter.weight
         if trained is None:  # while FSDP 1 has its own tensors in the place of parameters
@@ -88,6 +89,7 @@ class StackedLinear(nn.Module, BaseTunerLayer):
 
     rows: MixedBatch | None = None  # one adapter for each row of the batch, instead of the active adapters
     instead: tuple[StackSlot, ...] | None = None  # what an `AdapterBank` has put in the place of the active adapters
+    _pretrained: tuple[PretrainedWeight, ...] = ()  # while adapters are merged; in a tuple, as it is no part of this
     cast_input_dtype_enabled = True  # `peft.helpers.disable_input_dtype_casting` sets it; inputs are never cast here
 
     def __init__(
@@ -196,38 +198,50 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the base weight.
+        """Put the base weight plus what the adapters add in the place of the base weight, which is kept for `unmerge`.
+
+        It is added in the higher precision of the two, and rounded once to that of the weight.
 
         Args:
             safe_merge: refuse, and change nothing, if the merged weight would hold NaN or infinity.
             adapter_names: which; default: the active ones.
 
         Raises:
-            CraftError: with `safe_merge`, for a merged weight that is not finite.
+            CraftError: with `safe_merge`, for a merged weight that is not finite; a weight that cannot be replaced.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.slots:
-                merged = self._weight_plus(1, name)
-                if safe_merge and not torch.isfinite(merged).all():
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.slots]
+        if not names:
+            return
+        for slot in self.slots.values():  # what is still to be computed from the base weights is computed before
+            with suppress(CraftError):
+                cast(StackSlot, slot).adapter.make_ready()
+        with weight_at_hand(self):
+            weight = merged = read_weight(self.get_base_layer())
+            for name in names:
+                delta = self.get_delta_weight(name).detach().to(weight.device)
+                merged = merged.to(torch.promote_types(merged.dtype, delta.dtype)) + delta
+                if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
                     raise CraftError(
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was "
                         "merged into this layer."
                     )
-                write_weight(self, merged)
-                self.merged_adapters.append(name)
+            pretrained = self._pretrained if self.merged else (PretrainedWeight(self),)
+            write_weight(self, merged.to(weight.dtype))
+        self._pretrained = pretrained
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Subtract what `merge` added."""
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if name in self.slots:
-                write_weight(self, self._weight_plus(-1, name))
+        """Put back the weight that was there before `merge`, bit for bit."""
+        if self.merged:
+            with weight_at_hand(self):
+                self._pretrained[0].put_back(self)
+        self._pretrained = ()
+        self.merged_adapters.clear()
 
-    def _weight_plus(self, sign: int, adapter_name: str) -> Tensor:
-        """The base weight plus or minus a delta: added in the delta's precision, rounded once to the weight's dtype."""
-        weight = read_weight(self.get_base_layer())
-        delta = self.get_delta_weight(adapter_name).detach()
-        return (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StackedLinear:
+        for pretrained in self._pretrained:
+            pretrained._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # As in PEFT, but without its cast to the base layer's dtype: transforms and factors stay in float32.

@@ -8,12 +8,13 @@ one is, up to its own rounding. The others (GPTQ, AWQ, AQLM, EETQ, ...) only run
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def read_weight(module: nn.Module, name: str = "a layer") -> Tensor:
         torch.Size([5, 3])
     """
     offloading = _offloading_hook(module)
-    if offloading is None:
+    if offloading is None or not _is_away(module):
         return _read_present_weight(module, name)
     offloading.pre_forward(module)
     try:
@@ -90,20 +91,85 @@ def _read_present_weight(module: nn.Module, name: str) -> Tensor:
 
 
 def write_weight(layer: BaseTunerLayer, weight: Tensor) -> None:
-    """Store a weight, in the layout of `read_weight`, in the base layer of an adapted one, quantised if that is.
+    """Put another weight, in the layout of `read_weight`, into the base layer of an adapted one, quantised if that is.
+
+    Nothing is written into the tensor that was there: another module may have it too, and it may be needed again, see
+    `PretrainedWeight`.
 
     Raises:
         CraftError: a back end that cannot quantise the weight again; nothing is changed.
     """
     base, backend = layer.get_base_layer(), layer.quantization_backend
-    # A weight of another class of tensor, which PEFT does not know, would ignore what is assigned to its data.
+    # A weight of another class of tensor, which PEFT does not know, would ignore what it is given.
     if not (type(base.weight.data) is type(weight) if backend is None else backend.supports_merge):
         raise CraftError(
             f"Nothing can be merged into a {type(base).__name__} whose weight is a {type(base.weight).__name__}: it "
             "cannot be quantised again here. Load the base model through transformers with a `quantization_config=` "
             "of a back end that PEFT merges into (for torchao a `TorchAoConfig`), or unquantised."
         )
-    layer.set_base_weight(weight)
+    if backend is not None:
+        layer.set_base_weight(weight)
+    elif "weight" in base._parameters:
+        base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
+    else:
+        raise CraftError(
+            f"Nothing can be merged into a {type(base).__name__} whose weight is computed from other tensors, as "
+            "`torch.nn.utils.parametrize` does it. Remove the parametrisation first."
+        )
+
+
+class PretrainedWeight(nn.Module):
+    """The weight of an adapted layer's base as it is now, kept to be put back, bit for bit, when another was there.
+
+    It is no part of the model, so that it is in no state dict and no saved file. Moving it is `Module.to`, as ever.
+
+    Args:
+        layer: the adapted layer.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+        >>> kept, layer = PretrainedWeight(model.base_model.model[0]), model.base_model.model[0]
+        >>> write_weight(layer, torch.zeros(2, 2))
+        >>> kept.put_back(layer)
+        >>> layer.weight is kept.weight
+        True
+    """
+
+    def __init__(self, layer: BaseTunerLayer) -> None:
+        super().__init__()
+        base = layer.get_base_layer()
+        self._base = (base,)  # a tuple, because it is not to be a part; HQQ makes a new layer when it writes
+        self.weight = getattr(base, "weight", None)
+        # bitsandbytes writes into the attributes of the weight that was there, and keeps more beside it.
+        self._of_weight = dict(vars(self.weight)) if self.weight is not None else {}
+        self._beside = {name: copy.copy(vars(base)[name]) for name in ("state", "quant_state") if name in vars(base)}
+        if _offloading_hook(base) is not None:  # what is elsewhere between calls for lack of room stays elsewhere
+            self.to("cpu")
+
+    def put_back(self, layer: BaseTunerLayer) -> None:
+        """Make the base layer what it was."""
+        layer.base_layer = base = self._base[0]
+        if self.weight is not None:
+            vars(self.weight).clear()
+            vars(self.weight).update(self._of_weight)
+            base.weight = self.weight
+        vars(base).update(self._beside)
+
+
+@contextmanager
+def weight_at_hand(layer: BaseTunerLayer) -> Iterator[None]:
+    """Within it the base weight of an adapted layer is where the layer computes, and afterwards back where it was kept.
+
+    For weights that accelerate offloads; what is written within it is what is kept from then on, in the CPU's memory
+    also where the weight was on disk. PEFT does the same around merging, but not around every call of a layer.
+    """
+    base = layer.get_base_layer()
+    if _offloading_hook(base) is None or not _is_away(base):
+        yield
+        return
+    with onload_layer(layer):
+        yield
 
 
 def adapter_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -121,6 +187,10 @@ def _offloading_hook(module: nn.Module) -> Any:
     """Accelerate's hook on a layer whose weight it keeps elsewhere (CPU or disk) between calls; None on others."""
     hook = getattr(module, "_hf_hook", None)
     return hook if getattr(hook, "offload", False) else None
+
+
+def _is_away(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
 def _no_scheme() -> None:

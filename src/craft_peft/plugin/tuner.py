@@ -17,6 +17,7 @@ from ..sharing import share_work_in, shared_work, stop_sharing_work_in
 from .bank_files import check_beside_bank
 from .base_check import BaseCheck
 from .beside_stacks import keep_biases_of_heads, refuse_nested_modules, refuse_to_merge_shared_tokens
+from .callers import check_callers, stop_watching, watch_first_pass
 from .config import StackConfig
 from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
@@ -82,6 +83,7 @@ class StackTuner(BaseTuner):
         keep_biases_of_heads(model)
         # On the model, not on this tuner: it may be used without one (`inject_adapter_in_model`, `add_adapter`).
         share_work_in(model)
+        watch_first_pass(model)
 
     def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
         set_default_targets(peft_config, self.model, self.target_module_mapping)
@@ -92,6 +94,7 @@ class StackTuner(BaseTuner):
         """PEFT calls this before it replaces anything: build all adapters here, so that errors come first."""
         refuse_nested_modules(model, peft_config.modules_to_save)
         targets = find_targets(peft_config, model, self._saved_modules)
+        check_callers(model, targets)
         stacks = collect_stacks(targets, peft_config.together, peft_config.ranks_of)
         _check_rank_pattern(peft_config, targets)
         adapters = [peft_config.build_adapter(stack.name, stack.shape, stack.ranks) for stack in stacks]
@@ -210,9 +213,17 @@ class StackTuner(BaseTuner):
         refuse_to_merge_shared_tokens(self.model)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT."""
+        """As in PEFT; what is refused in one layer is merged into none."""
+        before = [(m, list(m.merged_adapters)) for m in self.model.modules() if isinstance(m, StackedLinear)]
         with shared_work():
-            super().merge_adapter(*args, **kwargs)
+            try:
+                super().merge_adapter(*args, **kwargs)
+            except CraftError:
+                for layer, merged in before:
+                    if layer.merged_adapters != merged:
+                        layer.unmerge()
+                        layer.merge(adapter_names=merged)
+                raise
 
     def unmerge_adapter(self) -> None:
         """As in PEFT."""
@@ -223,6 +234,7 @@ class StackTuner(BaseTuner):
         with shared_work():
             model = super()._unload_and_optionally_merge(*args, **kwargs)
         stop_sharing_work_in(model)
+        stop_watching(model)
         return model
 
     @contextmanager

@@ -101,7 +101,7 @@ class StackAdapter(DeferredState):
         return base(x) + self.delta_output(layer, x)
 
     @property
-    def weight(self) -> nn.Parameter | None:
+    def weight(self) -> Tensor | None:
         """The first trained tensor, under the name by which PEFT's FSDP policy tells what to wrap by itself."""
         return next((parameter for parameter in self._parameters.values() if parameter is not None), None)
 
