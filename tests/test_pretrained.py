@@ -252,7 +252,7 @@ def test_weights_cut_short_are_refused(bases: Callable[[str], Path], tmp_path: P
 def test_an_adapter_is_no_base(bases: Callable[[str], Path], tmp_path: Path) -> None:
     """transformers reads it with its base and reports what the adapter lacks, not what the base lacks."""
     run, _ = trained_run(bases("bert"), "bert", "lora", tmp_path / "run")
-    with pytest.raises(CraftError, match=r"holds an adapter \(adapter_config\.json\).*`--start-from`"):
+    with pytest.raises(CraftError, match=r"holds an adapter \(adapter_config\.json\).*`start_from`"):
         load_base(str(run.path), REVIEWS)
 
 
@@ -273,5 +273,5 @@ def test_the_most_tokens_are_those_that_have_a_position(
     with torch.no_grad():
         model(input_ids=torch.full((1, most or 64), 7))
     if most is not None:
-        with pytest.raises(CraftError, match=f"Use at most `--max-length {most}`"):
+        with pytest.raises(CraftError, match=f"Use at most `max_length={most}`"):
             check_length(most + 1, model, name)

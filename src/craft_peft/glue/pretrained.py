@@ -91,7 +91,7 @@ def _read(kind: Any, name: str, options: dict[str, Any]) -> PreTrainedModel:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise CraftError(
             f"`{name}` holds an adapter (adapter_config.json), which is no base model. Give the model that it was "
-            "trained on; `--start-from` begins with the adapter of a run."
+            "trained on; `start_from` begins with the adapter of a run."
         )
     lacked = {key: key for key in report["missing_keys"]}
     for key, found, wanted in report["mismatched_keys"]:
