@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator, Mapping
 from copy import copy
 from difflib import get_close_matches
 
@@ -14,7 +15,7 @@ from torch import nn
 from ..errors import CraftError
 from .config import StackConfig
 from .layer import StackedLinear
-from .stacks import is_linear
+from .stacks import is_linear, path_pattern, say_once, weight_shape
 
 QUERY_AND_VALUE = {
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -26,24 +27,160 @@ QUERY_AND_VALUE = {
     "vit": ["query", "value", "q_proj", "v_proj"],  # before and since transformers 5
     "whisper": ["q_proj", "v_proj"],
 }
-"""Default target modules by model type."""
+"""Default target modules by model type; of a type that is not here they are found by `find_query_and_value`."""
+
+SPELLINGS = (("query", "key", "value"), ("q", "k", "v"))
+"""What three projections of one attention have in the same place of their names."""
+
+FUSED = re.compile(r"(w_?)?qkv|query_key_value|c_attn|in_proj|att_proj|attn_proj|w_?pack", re.IGNORECASE)
+"""What the one projection to query, key and value at once is called, with or without a word as in `qkv_proj`."""
+
+ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
+CROSS_ATTENTION = re.compile(r"cross|enc(oder)?_?(dec(oder)?_?)?att(n|ention)", re.IGNORECASE)
+"""Where query and value come from two sequences, by the name of the module."""
 
 
-def set_default_targets(config: StackConfig, model: nn.Module) -> None:
-    """Fill in `target_modules` where the user gave none: query and value, under their names in the model's type.
+def set_default_targets(
+    config: StackConfig, model: nn.Module, table: Mapping[str, Collection[str]] = QUERY_AND_VALUE
+) -> None:
+    """Fill in `target_modules` where the user gave none: the attention's query and value.
+
+    Their names are those of the model's type in a table, and else what `find_query_and_value` finds, which is logged.
+
+    Args:
+        config: gets the names.
+        model: the base model, adapted or not.
+        table: names, or a regular expression, by model type.
 
     Raises:
-        CraftError: a model type without defaults.
+        CraftError: an unknown model type in which they are not found, or several kinds of them.
     """
-    if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in QUERY_AND_VALUE:
-            raise CraftError(
-                f"The model type {model_type!r} has no default target modules: name them with `target_modules`. "
-                f"{describe_linear_modules(model)}"
-            )
-        names = QUERY_AND_VALUE[model_type]
-        config.target_modules = names if isinstance(names, str) else set(names)
+    if config.target_modules is not None:
+        return
+    model_type = _model_type(model)
+    names = table[model_type] if model_type in table else find_query_and_value(model)
+    config.target_modules = names if isinstance(names, str) else set(names)
+
+
+def find_query_and_value(model: nn.Module) -> set[str]:
+    """Find the query and value projections, fused or apart, among the linear layers of a model's attention blocks.
+
+    Apart, they are two of three modules of one attention whose names differ in query, key and value alone, and whose
+    shapes are those of heads: the rows of the query are a multiple of the key's, and key and value read the same.
+    Fused, it is one module with a name of `FUSED` and the rows of all three: three times its columns, or with fewer
+    heads for key and value.
+
+    Args:
+        model: the base model, adapted or not.
+
+    Returns:
+        Names as `target_modules` takes them, which match these modules alone.
+
+    Raises:
+        CraftError: nothing is found, or several kinds of it under different names.
+
+    Example:
+        >>> from transformers import MPNetConfig, MPNetModel
+        >>> model = MPNetModel(MPNetConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9))
+        >>> sorted(find_query_and_value(model))
+        ['q', 'v']
+    """
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for path, projections in _attentions(model):
+        for names in _kinds(projections):
+            kinds.setdefault(names, []).extend(f"{path}.{name}" for name in names)
+    # What reads a second sequence is adapted with the rest where it has the same names, and never by itself.
+    kinds = {
+        names: paths
+        for names, paths in kinds.items()
+        if any(not CROSS_ATTENTION.search(_in_block(path)) for path in paths)
+    }
+    model_type = _model_type(model)
+    if len(kinds) != 1:
+        where = "; or ".join(_describe(names, paths) for names, paths in kinds.items())
+        what = (
+            f"Its blocks have several kinds of query and value: {where}." if kinds else describe_linear_modules(model)
+        )
+        raise CraftError(
+            f"Please specify `target_modules` in `peft_config`: the model type {model_type!r} has no default target "
+            f"modules. {what}"
+        )
+    ((names, paths),) = kinds.items()
+    say_once(
+        f"`target_modules` was not given and the model type {model_type!r} has no default: the query and value "
+        f"projections that were found are adapted, {_describe(names, paths)}."
+    )
+    return _shortest_names(paths, model)
+
+
+def _model_type(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    return str(found or type(model).__name__)
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Module]]]:
+    """The linear modules, by name, of each attention that lies in one of many blocks, and its path."""
+    found: dict[str, dict[str, nn.Module]] = {}
+    for path, module in linear_modules(model):
+        parent, _, name = path.rpartition(".")
+        if "*" in path_pattern(parent):
+            found.setdefault(parent, {})[name] = module
+    for path, projections in found.items():
+        if ATTENTION.search(f"{path.rpartition('.')[2]} {type(model.get_submodule(path)).__name__}"):
+            yield path, projections
+
+
+def _kinds(projections: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:
+    """The names of query and value, or of what is both, among the linear modules of one attention."""
+    apart: list[tuple[str, ...]] = []
+    for name, module in projections.items():
+        for query, *others in SPELLINGS:
+            place = rf"(?<![a-z])(w?){query}(?![a-z])"
+            key, value = (re.sub(place, rf"\g<1>{other}", name, flags=re.IGNORECASE) for other in others)
+            if key != name and key in projections and value in projections:
+                shapes = [weight_shape(projections[each]) for each in (key, value)]
+                if weight_shape(module)[0] % shapes[0][0] == 0 and shapes[0][1] == shapes[1][1]:
+                    apart.append((name, value))
+    # Longformer's `query_global` is one more projection of the same attention, beside `query`.
+    plain = [pair for pair in apart if all(pair[0] in other for other, _ in apart)]
+    if apart:
+        return plain or apart
+    return [(name,) for name in projections if _is_fused(name, projections)]
+
+
+def _is_fused(name: str, projections: Mapping[str, nn.Module]) -> bool:
+    if not re.fullmatch(rf"({FUSED.pattern})(_?(proj|lin|linear|layer))?", name, FUSED.flags):
+        return False
+    rows, columns = weight_shape(projections[name])
+    # The output projection reads as many columns as the query has rows; the rest is key and value.
+    queries = [weight_shape(module)[1] for other, module in projections.items() if other != name]
+    return rows == 3 * columns or any(
+        query < rows and (rows - query) % 2 == 0 and query % ((rows - query) // 2) == 0 for query in queries
+    )
+
+
+def _in_block(path: str) -> str:
+    """The end of a path: from the block on that the module lies in."""
+    return re.split(r"\.\d+\.", path)[-1]
+
+
+def _describe(names: Collection[str], paths: Collection[str]) -> str:
+    where = ", ".join(
+        f"'{pattern}'" for pattern in dict.fromkeys(path_pattern(path.rpartition(".")[0]) for path in paths)
+    )
+    return f"{' and '.join(repr(name) for name in names)} in {where}"
+
+
+def _shortest_names(paths: Collection[str], model: nn.Module) -> set[str]:
+    """The shortest endings of paths that match no other module."""
+    keys = [key for key, _ in model.named_modules()]
+    for length in range(1, max(path.count(".") for path in paths) + 1):
+        names = {".".join(path.split(".")[-length:]) for path in paths}
+        endings = tuple(f".{name}" for name in names)
+        if {key for key in keys if key in names or key.endswith(endings)} == set(paths):
+            return names
+    return set(paths)
 
 
 def find_targets(
@@ -109,12 +246,20 @@ def describe_linear_modules(model: nn.Module) -> str:
     return f"Its linear modules are called {names or '(there are none)'}."
 
 
-def _linear_names(model: nn.Module) -> set[str]:
-    names: set[str] = set()
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of every linear layer of a base model, adapted or not."""
     inside: tuple[str, ...] = ()
     for key, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):  # a head that is saved, with its copies
+        if key.startswith(inside):
+            continue
+        if isinstance(
+            module, BaseTunerLayer | AuxiliaryTrainingWrapper
+        ):  # the latter: a head that is saved, its copies
             inside = (*inside, key + ".")
-        elif is_linear(module) and not key.startswith(inside):
-            names.add(key.removesuffix(".base_layer").rpartition(".")[2])
-    return names
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if is_linear(layer):
+            yield key, layer
+
+
+def _linear_names(model: nn.Module) -> set[str]:
+    return {key.rpartition(".")[2] for key, _ in linear_modules(model)}

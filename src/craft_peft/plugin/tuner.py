@@ -24,7 +24,7 @@ from .mixed_batches import ServedModules, rows_use
 from .progress import Progress
 from .quantization import adapter_place, backend_of, quantization_of
 from .stacks import Stack, collect_stacks, path_pattern, say_once
-from .targets import find_targets, set_default_targets
+from .targets import QUERY_AND_VALUE, find_targets, set_default_targets
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -38,6 +38,7 @@ class StackTuner(BaseTuner):
     """
 
     tuner_layer_cls = StackedLinear
+    target_module_mapping = QUERY_AND_VALUE
     bank: AdapterBank | None = None
     _served: ServedModules | None = None
 
@@ -70,7 +71,7 @@ class StackTuner(BaseTuner):
         share_work_in(model)
 
     def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
-        set_default_targets(peft_config, self.model)
+        set_default_targets(peft_config, self.model, self.target_module_mapping)
         return peft_config
 
     @torch.inference_mode(False)  # training may come after, whatever mode this is called in
