@@ -140,7 +140,7 @@ def sort_state(
         if head and isinstance(wrapper, ModulesToSaveWrapper):
             heads[path] = _checked_head(path, head, wrapper.original_module.state_dict())
     for key in left:
-        if f".{shelves[0].layers[0].adapter_layer_names[0].split('_')[0]}_" in key:
+        if any(f".{own}." in key for own in shelves[0].layers[0].adapter_layer_names):
             raise CraftError(
                 f"It has '{key}', of a module that the model's adapter does not have. A bank's adapters all have the "
                 "same target modules: make another model and bank for those with others."

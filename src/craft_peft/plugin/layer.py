@@ -18,6 +18,7 @@ from .distributed import check_engine, refuse_replicas
 from .quantization import adapter_place, read_weight, write_weight
 from .rows import MixedBatch
 from .stacks import oriented, weight_shape
+from .tensor_names import container_names
 
 
 class StackSlot(nn.Module):
@@ -97,7 +98,7 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_backend  # PEFT's name: its statuses show it
         # PEFT finds a method's tensors by its prefix. `slots` has an entry for every adapter of this layer, `owned`
         # for those whose stack this layer is the first of.
-        self._slots_name, self._owned_name = f"{prefix}slots", f"{prefix}adapters"
+        self._slots_name, self._owned_name = container_names(prefix)
         self.adapter_layer_names = (self._slots_name, self._owned_name)
         self.add_module(self._slots_name, nn.ModuleDict())
         self.add_module(self._owned_name, nn.ModuleDict())

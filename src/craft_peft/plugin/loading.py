@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import CraftError
 from ..weights import as_bits
 from .adapter_files import read_config, read_tensors
 from .folders import written_at_once
+from .tensor_names import adapter_keys, current_names
 
 _FAILURES = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError, re.error)
 """What PEFT raises about configs and tensors that make no sense to it."""
@@ -62,7 +65,7 @@ def load_adapter(
     """
     folder = Path(folder)
     config = read_config(folder)
-    tensors = read_tensors(folder, config)
+    tensors = current_names(read_tensors(folder, config), base_model)
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
         raise CraftError(f"There is an adapter '{adapter_name}' already. Give this one another name.")
     config.inference_mode = not is_trainable
@@ -151,9 +154,9 @@ def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> N
 
 
 def _check_filled(model: nn.Module, adapter_name: str) -> None:
-    for name, tensor in model.named_parameters():
-        if f".{adapter_name}." in f"{name}." and tensor.is_meta:
-            raise CraftError(f"The file has nothing for '{name}'.")
+    empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    for name in adapter_keys(empty, model, (BaseTunerLayer, AuxiliaryTrainingWrapper), [adapter_name]):
+        raise CraftError(f"The file has nothing for '{name}'.")
 
 
 @contextmanager

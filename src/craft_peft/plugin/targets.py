@@ -173,12 +173,12 @@ def _describe(names: Collection[str], paths: Collection[str]) -> str:
 
 
 def _shortest_names(paths: Collection[str], model: nn.Module) -> set[str]:
-    """The shortest endings of paths that match no other module."""
-    keys = [key for key, _ in model.named_modules()]
+    """The shortest endings of paths that match these projections, in whatever blocks, and no others."""
+    keys, wanted = [key for key, _ in model.named_modules()], set(map(path_pattern, paths))
     for length in range(1, max(path.count(".") for path in paths) + 1):
         names = {".".join(path.split(".")[-length:]) for path in paths}
         endings = tuple(f".{name}" for name in names)
-        if {key for key in keys if key in names or key.endswith(endings)} == set(paths):
+        if {path_pattern(key) for key in keys if key in names or key.endswith(endings)} == wanted:
             return names
     return set(paths)
 

@@ -24,7 +24,16 @@ from .mixed_batches import ServedModules, rows_use
 from .progress import Progress
 from .quantization import adapter_place, backend_of, quantization_of
 from .stacks import Stack, collect_stacks, path_pattern, say_once
-from .targets import QUERY_AND_VALUE, find_targets, set_default_targets
+from .targets import QUERY_AND_VALUE, find_targets, linear_modules, set_default_targets
+from .tensor_names import (
+    WRAPPERS,
+    adapter_keys,
+    current_names,
+    put_back,
+    refuse_names_that_hold,
+    saved_modules,
+    without_adapter_name,
+)
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -61,8 +70,12 @@ class StackTuner(BaseTuner):
         self._served = None
         # What the hooks below need to know of this one injection; PEFT does not pass it on to them.
         self._low_cpu_mem_usage, self._saved_modules = low_cpu_mem_usage, None
+        refuse_names_that_hold(self.prefix, model)
         if state_dict is not None:
-            self._saved_modules = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+            paths = [WRAPPERS.sub("", path) for path, _ in linear_modules(model)]
+            self._saved_modules = saved_modules(current_names(state_dict, model), self.prefix, paths)
+            # PEFT takes what is before the prefix in a key for a module; the keys of heads may have it as well.
+            state_dict = {f"{path}.{self.prefix}": torch.empty(0) for path in self._saved_modules}
         self._slots: dict[str, tuple[StackSlot, bool]] = {}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._slots = {}
@@ -230,17 +243,41 @@ class StackTuner(BaseTuner):
             self._served = ServedModules.of(self.model)
         return self._served
 
-    @classmethod
-    def _get_adapter_state_dict(cls, state_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
-        # PEFT 0.21 looks for the paths of adapted layers, into which FSDP 1 puts wrappers: it would save nothing.
-        found = {key: tensor for key, tensor in state_dict.items() if f".{cls.prefix}" in key}
-        return super()._get_adapter_state_dict(state_dict=state_dict, **kwargs) | found
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT."""
+        self.__dict__["prefix"] = (
+            "/"  # in no path: PEFT passes over modules whose path holds it, which a base model's may
+        )
+        try:
+            super().delete_adapter(adapter_name)
+        finally:
+            del self.__dict__["prefix"]
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        kwargs |= {"model": model, "state_dict": state_dict, "unwanted_adapter_names": unwanted_adapter_names}
+        if unwanted_adapter_names:
+            put_back(state_dict, model, unwanted_adapter_names)  # PEFT goes on with the same dict
+        # PEFT 0.21 looks for the paths of adapted layers, into which FSDP 1 puts wrappers: it would save nothing.
+        own = adapter_keys(state_dict, model, cls.tuner_layer_cls)
+        return super()._get_adapter_state_dict(**kwargs) | {key: state_dict[key] for key in state_dict if key in own}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT goes by the place in the key, which the name of a module may have.
+        return without_adapter_name(key, adapter_name, cls.prefix)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
         # PEFT reads the names in `model.state_dict()` here, not the values: what is about to be loaded stays deferred.
         with still_deferred(model):
-            return super()._remap_adapter_state_dict_for_load(model=model, **kwargs)
+            return super()._remap_adapter_state_dict_for_load(
+                model=model, state_dict=current_names(state_dict, model), **kwargs
+            )
 
 
 def _check_no_biases_or_tokens(configs: Mapping[str, StackConfig], adapter_names: Collection[str]) -> None:
