@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from copy import copy
 from difflib import get_close_matches
+from operator import eq
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -66,7 +67,8 @@ def find_query_and_value(model: nn.Module) -> set[str]:
     """Find the query and value projections, fused or apart, among the linear layers of a model's attention blocks.
 
     Apart, they are two of three modules of one attention whose names differ in query, key and value alone, and whose
-    shapes are those of heads: the rows of the query are a multiple of the key's, and key and value read the same.
+    shapes are those of heads: the rows of the query are a multiple of the key's, and value and key agree in rows or
+    columns.
     Fused, it is one module with a name of `FUSED` and the rows of all three: three times its columns, or with fewer
     heads for key and value.
 
@@ -139,8 +141,8 @@ def _kinds(projections: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:
             place = rf"(?<![a-z])(w?){query}(?![a-z])"
             key, value = (re.sub(place, rf"\g<1>{other}", name, flags=re.IGNORECASE) for other in others)
             if key != name and key in projections and value in projections:
-                shapes = [weight_shape(projections[each]) for each in (key, value)]
-                if weight_shape(module)[0] % shapes[0][0] == 0 and shapes[0][1] == shapes[1][1]:
+                of_key, of_value = weight_shape(projections[key]), weight_shape(projections[value])
+                if weight_shape(module)[0] % of_key[0] == 0 and any(map(eq, of_key, of_value)):
                     apart.append((name, value))
     # Longformer's `query_global` is one more projection of the same attention, beside `query`.
     plain = [pair for pair in apart if all(pair[0] in other for other, _ in apart)]
@@ -194,7 +196,7 @@ def find_targets(
         saved: the paths of modules that a saved adapter has tensors for; they are used instead of the config's.
 
     Raises:
-        CraftError: nothing matches, or an adapter is merged into a target.
+        CraftError: nothing matches; a target has an adapter of another method, or one that is merged into it.
     """
     _maybe_include_all_linear_layers(config, model)
     targets: list[tuple[str, nn.Module]] = []
@@ -207,6 +209,8 @@ def find_targets(
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, key + ".")
         if check_target_module_exists(config, key) if saved is None else key in saved:
+            if isinstance(module, BaseTunerLayer):
+                _check_same_method(config, key, module)
             if getattr(module, "merged", False):
                 raise CraftError(
                     f"The adapter(s) {module.merged_adapters} are merged into '{key}', so its weight is not the "
@@ -214,27 +218,53 @@ def find_targets(
                 )
             targets.append((key, module.get_base_layer() if isinstance(module, StackedLinear) else module))
     if not targets:
-        everywhere = copy(config)
-        everywhere.exclude_modules = everywhere.modules_to_save = None
-        left_out = [key for key, _ in model.named_modules() if key and check_target_module_exists(everywhere, key)]
-        raise explain_no_match(config.target_modules, left_out, model)
+        raise explain_no_match(config, model)
     return targets
+
+
+def _check_same_method(config: StackConfig, key: str, layer: BaseTunerLayer) -> None:
+    if isinstance(layer, StackedLinear):
+        method = layer.adapter_layer_names[0].rpartition("_")[0].upper()
+        if method == config.peft_type:
+            return
+    else:
+        method = type(layer).__module__.split(".")[-2].upper().replace("LORA", "LoRA")
+    raise CraftError(
+        f"The target module '{key}' is already adapted by {method} ({type(layer).__module__}.{type(layer).__name__}), "
+        "and an adapter of another method needs the pretrained layer. Merge or remove the other adapter first "
+        "(`merge_and_unload()`, `unload()`), or leave the module out with `exclude_modules`."
+    )
 
 
 class NoTargetError(CraftError, getattr(peft, "NoMatchingPeftModuleError", ValueError)):  # type: ignore[misc]
     """Target modules that match nothing; PEFT's own error for it, which peft 0.20 does not have yet, is a base."""
 
 
-def explain_no_match(target_modules: Collection[str] | None, left_out: list[str], model: nn.Module) -> NoTargetError:
-    """The error for target modules that match nothing: names what was left out, and what there is to match."""
-    found = _linear_names(model)
-    wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or ())
+def explain_no_match(config: StackConfig, model: nn.Module) -> NoTargetError:
+    """The error for a config that matches no module: names what leaves modules out, and what there is to match."""
+    found = {key.rpartition(".")[2] for key, _ in linear_modules(model)}
+    names = config.target_modules or ()
+    wanted = [names] if isinstance(names, str) else sorted(names)
     close = [match for name in wanted for match in get_close_matches(name, found, n=1)]
-    if left_out:
-        named = ", ".join(repr(key) for key in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        hint = f" `exclude_modules` and `modules_to_save` leave out {named}."
-    else:
-        hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
+    hint = f" Did you mean {', '.join(repr(name) for name in close)}?" if close else ""
+    pattern = f" with `layers_pattern={config.layers_pattern!r}`" if config.layers_pattern else ""
+    exclusion, layers = ["exclude_modules", "modules_to_save"], ["layers_to_transform", "layers_pattern"]
+    reasons = [
+        (exclusion, "`exclude_modules` and `modules_to_save` leave out {}."),
+        (
+            layers,
+            f"`layers_to_transform={config.layers_to_transform!r}`{pattern} leaves out {{}}; layers count from 0.",
+        ),
+        (exclusion + layers, "`exclude_modules`, `modules_to_save` and `layers_to_transform` leave out {}."),
+    ]
+    for fields, sentence in reasons:
+        without = copy(config)
+        for field in fields:
+            setattr(without, field, None)
+        left_out = [repr(key) for key, _ in model.named_modules() if key and check_target_module_exists(without, key)]
+        if left_out:
+            hint = " " + sentence.format(", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3))
+            break
     return NoTargetError(
         f"`target_modules={wanted}` matches no module of {type(model).__name__}.{hint} {describe_linear_modules(model)}"
     )
@@ -242,7 +272,7 @@ def explain_no_match(target_modules: Collection[str] | None, left_out: list[str]
 
 def describe_linear_modules(model: nn.Module) -> str:
     """A sentence with the names that `target_modules` can hold."""
-    names = ", ".join(repr(name) for name in sorted(_linear_names(model)))
+    names = ", ".join(repr(name) for name in sorted({key.rpartition(".")[2] for key, _ in linear_modules(model)}))
     return f"Its linear modules are called {names or '(there are none)'}."
 
 
@@ -252,14 +282,8 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for key, module in model.named_modules():
         if key.startswith(inside):
             continue
-        if isinstance(
-            module, BaseTunerLayer | AuxiliaryTrainingWrapper
-        ):  # the latter: a head that is saved, its copies
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):  # the latter: a saved head and its copies
             inside = (*inside, key + ".")
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if is_linear(layer):
             yield key, layer
-
-
-def _linear_names(model: nn.Module) -> set[str]:
-    return {key.rpartition(".")[2] for key, _ in linear_modules(model)}
