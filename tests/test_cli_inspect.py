@@ -115,7 +115,7 @@ def test_candidate_ranks_stay_below_the_matrix_size() -> None:
 
 
 def test_unknown_model_type_needs_target_modules(model: Layers) -> None:
-    with pytest.raises(CraftError, match=r"has no default target modules: name them with `target_modules`.*'up'"):
+    with pytest.raises(CraftError, match=r"^Please specify `target_modules` in .* has no default target modules.*'up'"):
         inspect_model(model)
 
 

@@ -9,7 +9,7 @@ import torch
 from compiled_laws import Blocks
 from laws import TARGETS, assert_close, moved
 from method_table import METHODS
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from small_models import LAYERS, bert, gpt2, logits, tokens
 from torch import nn
@@ -71,6 +71,60 @@ def test_what_leaves_no_target_is_named(fields, left_out, method):
         get_peft_model(bert(), method.config(target_modules=TARGETS, **fields))
     assert "`exclude_modules` and `modules_to_save` leave out" in str(caught.value)
     assert isinstance(caught.value, peft.NoMatchingPeftModuleError)
+
+
+LEAVES_NOTHING = {
+    "a negative index": (
+        {"layers_to_transform": [-1]},
+        r"`layers_to_transform=\[-1\]` leaves out 'bert\..*count from 0",
+    ),
+    "another pattern": (
+        {"layers_to_transform": [0], "layers_pattern": "blocks"},
+        r"`layers_to_transform=\[0\]` with `layers_pattern='blocks'` leaves out 'bert\.",
+    ),
+    "both": (
+        {"layers_to_transform": [9], "exclude_modules": ["query", "value"]},
+        "`exclude_modules`, `modules_to_save` and `layers_to_transform` leave out 'bert\\.",
+    ),
+    "neither": ({"layers_to_transform": [0], "target_modules": ["querry"]}, r"\. Did you mean 'query'\?"),
+}
+
+
+@over_methods
+@pytest.mark.peft_feature("`layers_to_transform`")
+@pytest.mark.parametrize("case", LEAVES_NOTHING)
+def test_the_field_that_leaves_no_target_is_named(case, method):
+    fields, message = LEAVES_NOTHING[case]
+    with pytest.raises(CraftError, match=message):
+        get_peft_model(bert(), method.config(**{"target_modules": TARGETS, **fields}))
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[-1]], ids=str)
+@pytest.mark.peft_feature(
+    "an adapter on a module that another method has adapted",
+    no="it would be decomposed or merged with the other's change in it; merge or remove the other first.",
+)
+@pytest.mark.parametrize("other", ["LORA", "IA3", "LOTR"])
+def test_a_module_that_another_method_has_adapted_is_refused(other, method):
+    ours = {method.name.upper(): method.config(target_modules=TARGETS) for method in METHODS}
+    theirs = {
+        "LORA": LoraConfig(target_modules=TARGETS),
+        "IA3": IA3Config(target_modules=TARGETS, feedforward_modules=[]),
+    }
+    model = inject_adapter_in_model({**ours, **theirs}[other], bert())
+    config = method.config(target_modules=TARGETS)
+    layer = type(model.bert.encoder.layer[0].attention.self.query)
+    kind = {"LORA": "LoRA"}.get(other, other)
+    state = model.state_dict().keys()
+    warns = pytest.warns(UserWarning, match="Already found a `peft_config` attribute")
+    with (
+        warns,
+        pytest.raises(
+            CraftError, match=rf"already adapted by {kind} \({layer.__module__}\.{layer.__name__}\).*Merge or"
+        ),
+    ):
+        inject_adapter_in_model(config, model, adapter_name="second")
+    assert model.state_dict().keys() == state
 
 
 @over_methods

@@ -109,7 +109,7 @@ def test_a_bank_holds_the_adapter_of_such_a_base(tmp_path):
     model, base = named(METHODS[0])
     save_adapter(model, tmp_path)
     bank = AdapterBank(PeftModel.from_pretrained(base, tmp_path))
-    bank.add("tenant", tmp_path)
+    bank.load(tmp_path, "tenant")
     with bank.use("tenant"):
         assert_close(bank.model(INPUTS), model(INPUTS), products=1000)
 
@@ -202,6 +202,11 @@ def test_an_adapter_with_the_names_of_an_older_transformers_loads(method, tmp_pa
         injected = inject_adapter_in_model(config, llava(), state_dict=state)
         set_peft_model_state_dict(injected, state)
         assert torch.equal(logits(injected.eval()), adapted)
+    if method is METHODS[0]:
+        bank = AdapterBank(PeftModel.from_pretrained(llava(), tmp_path))
+        bank.load(tmp_path, "tenant")
+        with bank.use("tenant"):
+            assert_close(logits(bank.model), adapted, products=1000)
 
 
 @over_methods

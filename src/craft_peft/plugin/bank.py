@@ -30,6 +30,7 @@ from .config import StackConfig
 from .mixed_batches import through_head
 from .rows import BASE
 from .shelf import StackShelf
+from .tensor_names import current_names
 from .tuner import StackTuner
 
 Keep = Literal["transforms", "middles"]
@@ -310,6 +311,7 @@ class AdapterBank:
 
     def _admit(self, name: str, config: PeftConfig, state: Mapping[str, Tensor], needed: Collection[str] = ()) -> None:
         try:
+            state = current_names(state, self.model)
             trained, heads = sort_state(self._shelves, self._tuner.served_modules().wrappers, config, state)
         except CraftError as error:
             raise CraftError(f"The adapter '{name}' cannot join the bank. {error}") from None

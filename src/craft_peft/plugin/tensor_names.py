@@ -19,6 +19,9 @@ from ..errors import CraftError
 ROOTS = ("base_model.model.", "base_model.")
 """What PEFT puts before the paths of modules in a saved adapter."""
 
+DEEPEST = 2
+"""How far below a module of the base model an adapter has its tensors, as in `query.lora_A.weight`."""
+
 WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """What FSDP 1, activation checkpoints and `torch.compile` put into the paths of modules, and some into state dicts."""
 
@@ -104,13 +107,15 @@ def current_names(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[st
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     paths = {WRAPPERS.sub("", path) for path, _ in base.named_modules()}
+    names = {key: key.removeprefix(next((root for root in ROOTS if key.startswith(root)), "")) for key in state_dict}
+    if all(_beyond(name, paths) <= DEEPEST for name in names.values()):
+        return dict(state_dict)
     rename = _renaming_rules(base)
     found = {}
-    for key, tensor in state_dict.items():
-        root = next((root for root in ROOTS if key.startswith(root)), "")
-        old = key.removeprefix(root)
-        new = rename(old)
-        found[root + (new if _beyond(new, paths) < _beyond(old, paths) else old)] = tensor
+    for key, name in names.items():
+        new = rename(name)
+        nearer = _beyond(new, paths) < _beyond(name, paths)
+        found[key.removesuffix(name) + new if nearer else key] = state_dict[key]
     return found
 
 
@@ -129,7 +134,8 @@ def _renaming_rules(base: nn.Module) -> Callable[[str], str]:
 
 def _beyond(key: str, paths: Collection[str]) -> int:
     """How many parts of a key come after the longest path of a module that it begins with."""
-    return next((key.removeprefix(part).count(".") for part in _ancestors(key) if part in paths), key.count(".") + 1)
+    found = next((part for part in _ancestors(key) if part in paths), None)
+    return key.count(".") + DEEPEST if found is None else key.count(".") - found.count(".")
 
 
 def refuse_names_that_hold(prefix: str, model: nn.Module) -> None:
