@@ -257,9 +257,8 @@ class StackTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT."""
-        self.__dict__["prefix"] = (
-            "/"  # in no path: PEFT passes over modules whose path holds it, which a base model's may
-        )
+        # PEFT passes over modules whose path holds the prefix, which a base model's may; no path holds this one.
+        self.__dict__["prefix"] = "/"
         try:
             super().delete_adapter(adapter_name)
         finally:
