@@ -93,7 +93,7 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("option", "message"),
         [
-            ("tying=none", "tying='none' is unknown. Use one of shared, diagonal, free"),
+            ("tying=none", "`--option tying=none` is unknown. Use one of shared, diagonal, free"),
             ("tyin=free", "does not take these options"),
         ],
     )
@@ -134,10 +134,10 @@ class TestTrain:
             (["--data", "latin.csv"], "latin.csv, line 2: byte 0xe9 is not valid UTF-8"),
             (["--data", "train.csv", "--method", "lorra"], "Unknown method `lorra`. Did you mean `lora`?"),
             (["--data", "train.csv", "--ranks", "8"], "`craft`, which takes 3 whole number(s)"),
-            (["--data", "train.csv", "--ranks", "0,8,8"], "ranks=(0, 8, 8) does not fit"),
-            (["--data", "train.csv", "--ranks=-1,8,8"], "ranks=(-1, 8, 8) does not fit"),
-            (["--data", "train.csv", "--ranks", "3,8,8"], "`ranks[0]=3` keeps more layer directions"),
-            (["--data", "train.csv", "--ranks", "2,17,8"], "`ranks[1]=17` keeps more output directions"),
+            (["--data", "train.csv", "--ranks", "0,8,8"], "`--ranks 0,8,8` does not fit"),
+            (["--data", "train.csv", "--ranks=-1,8,8"], "`--ranks -1,8,8` does not fit"),
+            (["--data", "train.csv", "--ranks", "3,8,8"], "number 1 of `--ranks`, 3, keeps more layer directions"),
+            (["--data", "train.csv", "--ranks", "2,17,8"], "number 2 of `--ranks`, 17, keeps more output directions"),
             (["--data", "train.csv", "--method", "head", "--ranks", "8"], "Method `head` adds nothing to the model"),
             (["--data", "train.csv", "--ranks", "2,8,8", "--budget", "90"], "Both `--ranks 2,8,8` and `--budget 90`"),
             (
@@ -149,7 +149,7 @@ class TestTrain:
             (["--data", "train.csv", "--target-modules", "nothing"], "nothing"),
             (["--data", "train.csv", "--target-modules", "LayerNorm"], "LayerNorm"),
             (["--data", "train.csv", "--model", "./absent"], "There is no model folder `./absent`"),
-            (["--data", "train.csv", "--learning-rate", "-1"], "learning_rate=-1.0 cannot be used"),
+            (["--data", "train.csv", "--learning-rate", "-1"], "`--learning-rate -1.0` cannot be used"),
             (["--data", "train.csv", "--hold-out", "2"], "The share to hold out is 2.0"),
             (["--data", "train.csv", "--max-length", "4096"], "Use at most `--max-length 128`"),
         ],
@@ -309,7 +309,7 @@ class TestExport:
         (tmp_path / "taken" / "file").touch()
         for words, message in (
             ((glue_run, "--output", tmp_path / "taken"), "is there already and not an empty folder"),
-            ((glue_run, "--output", tmp_path / "new", "--rank", 9), "rank=9 is outside 1..8"),
+            ((glue_run, "--output", tmp_path / "new", "--rank", 9), "`--rank 9` is outside 1..8"),
             ((pair_run, "--output", tmp_path / "new"), "has no adapter to export"),
         ):
             status, _, err = command("export", *words)

@@ -308,17 +308,17 @@ class TestBudget:
         with pytest.raises(CraftError) as error:
             choose_setting("vera", MethodOptions(budget=150), targets_of(SQUARE))
         assert str(error.value) == (
-            "`--budget 150` is below the smallest setting of method `vera` on this model, r 1, which trains 198 "
-            "adapter parameters. Give at least `--budget 198`, or another method; within 150 fit: craft, lotr, "
+            "`budget=150` is below the smallest setting of method `vera` on this model, r 1, which trains 198 "
+            "adapter parameters. Give at least `budget=198`, or another method; within 150 fit: craft, lotr, "
             "superlora, lora-xs, fourierft, tinylora, unilora."
         )
 
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"ranks": (4,), "budget": 100}, r"Both `--ranks 4` and `--budget 100` were given"),
-            ({"budget": 0}, r"`--budget 0` is no number of parameters"),
-            ({"budget": -5}, r"`--budget -5` is no number of parameters"),
+            ({"ranks": (4,), "budget": 100}, r"Both `ranks=\(4,\)` and `budget=100` were given"),
+            ({"budget": 0}, r"`budget=0` is no number of parameters"),
+            ({"budget": -5}, r"`budget=-5` is no number of parameters"),
         ],
     )
     def test_that_cannot_be_one(self, fields: dict[str, Any], message: str) -> None:

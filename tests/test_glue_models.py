@@ -198,7 +198,7 @@ class TestHeadStart:
         model, tokenizer = load_base(str(workshop / "encoder"), data.task)
         model.classifier = torch.nn.Sequential(torch.nn.Linear(16, 2), torch.nn.Tanh())
         rows = encode(data.train, tokenizer, 32)
-        with pytest.raises(CraftError, match=r"so that it cannot be fitted\. Use `--head-start random`"):
+        with pytest.raises(CraftError, match=r"so that it cannot be fitted\. Use `head_start='random'`"):
             start_head(model, data.task, rows, DataCollatorWithPadding(tokenizer), "fitted", seed=0)
 
     def test_head_without_an_output_layer(self, workshop: Path) -> None:

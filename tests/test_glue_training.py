@@ -211,7 +211,7 @@ class TestTraining:
         assert result.loss[-1][0] == 2  # steps of 16 rows
 
     def test_divergence_is_an_error(self, run: Run) -> None:
-        with pytest.raises(CraftError, match=r"Training diverged: .* Use a lower `--learning-rate`"):
+        with pytest.raises(CraftError, match=r"Training diverged: .* Use a lower `learning_rate`"):
             run(method="full", learning_rate=1e30, head_learning_rate=1e30, clip=1e30, epochs=2)
 
     def test_regression_of_pairs(self, run: Run, workshop: Path) -> None:
@@ -307,14 +307,18 @@ class TestResume:
 class TestOutputFolder:
     def test_finished_run_is_refused(self, run: Run, finished: Path) -> None:
         before = weights(finished)
-        with pytest.raises(CraftError, match=r"already holds a finished run\. Give another folder, or `--overwrite`"):
+        with pytest.raises(
+            CraftError, match=r"already holds a finished run\. Give another folder, or `overwrite=True`"
+        ):
             run()
         with pytest.raises(CraftError, match=r"It is finished, so that there is nothing to resume"):
             run(resume=True)
         assert all(torch.equal(before[name], tensor) for name, tensor in weights(finished).items())
 
     def test_interrupted_run_is_refused(self, run: Run, interrupted: Path) -> None:
-        with pytest.raises(CraftError, match=r"interrupted run\. Give `--resume` to go on with it, `--overwrite`"):
+        with pytest.raises(
+            CraftError, match=r"interrupted run\. Give `resume=True` to go on with it, `overwrite=True`"
+        ):
             run()
 
     def test_overwrite_removes_the_run_and_nothing_else(self, run: Run, finished: Path) -> None:
@@ -338,7 +342,7 @@ class TestOutputFolder:
             run(overwrite=True)
 
     def test_both_flags(self, run: Run) -> None:
-        with pytest.raises(CraftError, match=r"Both `--resume` and `--overwrite`"):
+        with pytest.raises(CraftError, match=r"Both `resume=True` and `overwrite=True`"):
             run(resume=True, overwrite=True)
 
     @pytest.mark.parametrize(
@@ -347,7 +351,7 @@ class TestOutputFolder:
             ({"ranks": (3, 16, 16)}, r"`ranks\[0\]=3`.*Use `ranks=\(2, 16, 16\)`"),
             ({"target_modules": ("nothing",)}, r"nothing"),
             ({"model": "./absent"}, r"There is no model folder `\./absent`"),
-            ({"max_length": 129}, r"max_length=129 is longer than the 128 positions .* Use at most `--max-length 128`"),
+            ({"max_length": 129}, r"max_length=129 is longer than the 128 positions .* Use at most `max_length=128`"),
             ({"head_start": "warm"}, r"Unknown head start `warm`\. Use one of random, prior, fitted"),
             ({"precision": "fp8"}, r"Unknown precision `fp8`"),
             ({"data": None}, r"Neither a task nor data was given"),

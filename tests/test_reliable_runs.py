@@ -195,7 +195,7 @@ def test_lost_loss(value: float, workshop: Path, tmp_path: Path, monkeypatch: py
         match=r"the loss is (nan|inf|[\d.]+e\+\d+) at step 6 of 12, where the learning rate is 0\.00\d+\. Use a lower",
     ) as caught:
         start(workshop, tmp_path / "run")
-    assert "--learning-rate" in str(caught.value)
+    assert "learning_rate" in str(caught.value)
     assert find_damage(tmp_path / "run" / "checkpoints" / "checkpoint-4") is None
 
 
@@ -214,7 +214,7 @@ def no_gpu_memory() -> None:
 @pytest.mark.parametrize("act", [no_memory, no_python_memory, no_gpu_memory])
 def test_out_of_memory(act: Callable[[], None], workshop: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        CraftError, match=r"Out of memory in training.* Lower `--batch-size` \(now 16\) or `--max-length` \(now 128\)"
+        CraftError, match=r"Out of memory in training.* Lower `batch_size` \(now 16\) or `max_length` \(now 128\)"
     ):
         start(workshop, tmp_path / "run", At(2, act))
 

@@ -112,7 +112,7 @@ def test_missing_tasks_are_refused_or_filled_loudly(tmp_path: Path, guesses: Cal
     run, data, said = write_metadata(tmp_path / "rte", "rte"), write_tests(tmp_path / "glue"), []
     (data / "QQP" / "test.tsv").unlink()
     found = find_runs(None, {"RTE": run})
-    with pytest.raises(submission.CraftError, match=r"no run for CoLA, SST-2, .*all 11 files only.*--fill-missing"):
+    with pytest.raises(submission.CraftError, match=r"no run for CoLA, SST-2, .*all 11 files only.*`fill=True`"):
         plan(found, data, False)
     files = predict_submission(plan(found, data, True), said.append, guesses)
     assert read(files["CoLA.tsv"])[1] == ["1"] * 6
@@ -132,7 +132,7 @@ def test_the_diagnostic_set_beside_the_folders(tmp_path: Path, guesses: Callable
 class TestBadInput:
     def test_several_runs_of_a_task(self, runs: dict[str, Path], tmp_path: Path) -> None:
         other = write_metadata(tmp_path / "runs" / "rte-again", "rte")
-        with pytest.raises(submission.CraftError, match=r"2 runs of `rte` .*--task-run rte="):
+        with pytest.raises(submission.CraftError, match=r"2 runs of `rte` .*`named={'rte': "):
             find_runs(tmp_path / "runs", {})
         assert find_runs(tmp_path / "runs", {"rte": other})["rte"] == other
 

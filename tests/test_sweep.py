@@ -365,7 +365,7 @@ class TestCommand:
         ("[methods.head]", "[methods.LORA-r2]\nmethod = 'lora'", "names files like `lora r=2` does"),
         ("learning_rate = 0.01", "learning_rate = -1", "learning_rate=-1.0 cannot be used: it must be a number"),
         ('precision = "float32"', 'precision = "fp8"', "unknown precision `fp8`. Allowed: auto, float32, bf16"),
-        ("budget = 600", "budget = 1", "methods.craft: `--budget 1` is below the smallest setting"),
+        ("budget = 600", "budget = 1", "methods.craft: `budget=1` is below the smallest setting"),
         ("budget = 600", "options = {{ tieing = 1 }}", "methods.craft: Method `craft` does not take these options"),
     ],
 )  # fmt: skip
