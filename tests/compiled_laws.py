@@ -20,6 +20,8 @@ from peft import get_peft_model
 from small_models import bert, tokens
 from torch import Tensor, nn
 
+from craft_peft import AdapterBank
+
 WIDTH, LAYERS = 16, 2  # two layers already share
 
 
@@ -122,12 +124,39 @@ def is_traced_in_a_transformer(method: Method) -> None:
     computes_the_same_when_traced(Logits(adapted(method, base)), tokens(1), tokens())
 
 
+def asks_for_requests(method: Method) -> None:
+    """A compiled model of two adapters and a bank, for calls by name, in a block, for all, and for none of these."""
+    model = adapted(method, Blocks()).eval()
+    torch.manual_seed(1)
+    model.add_adapter("other", method.config(target_modules=["query", "value"], init_weights=False))
+    bank = AdapterBank(model)
+    for name in ("default", "other"):
+        bank.add(f"bank {name}", adapter_name=name)
+
+    def answers() -> list[Tensor]:
+        found = [model(rows(3)), model(rows(3), adapter_names=["other", "__base__", "bank default"])]
+        with bank.use("bank other"):
+            found.append(model(rows(3)))
+        bank.use("bank other")
+        found.append(model(rows(3)))
+        bank.use(None)
+        with model.disable_adapter():
+            found.append(model(rows(3)))
+        return found
+
+    torch._dynamo.reset()
+    expected = answers()
+    model.base_model.model.compile(backend="eager")
+    for found in answers(), answers():
+        for logits, wanted in zip(found, expected, strict=True):
+            assert_close(logits, wanted, products=1000)
+    assert not torch.equal(expected[0], expected[2])
+
+
 ONE_ROW_A_METHOD = [method for method in METHODS if not method.setting]
-CASES = [
-    (law, method)
-    for law, methods in {trains: METHODS, infers: ONE_ROW_A_METHOD, trains_a_transformer: ONE_ROW_A_METHOD}.items()
-    for method in methods
-]
+LAWS = {trains: METHODS, infers: ONE_ROW_A_METHOD, trains_a_transformer: ONE_ROW_A_METHOD}
+LAWS[asks_for_requests] = [method for method in ONE_ROW_A_METHOD if method.name == "craft"]
+CASES = [(law, method) for law, methods in LAWS.items() for method in methods]
 TRACE_CASES = [
     (law, method)
     for law, methods in {is_traced: METHODS, is_traced_in_a_transformer: ONE_ROW_A_METHOD}.items()

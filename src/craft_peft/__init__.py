@@ -17,10 +17,9 @@ Example:
     1056
 """
 
-from typing import TYPE_CHECKING, Any
-
 from . import command_line as command_line  # first: it silences what the imports of PEFT would say
 from .errors import CraftError as CraftError
+from .plugin.bank import AdapterBank as AdapterBank
 from .plugin.bases import fit_bases as fit_bases
 from .plugin.craft_config import CraftConfig as CraftConfig
 from .plugin.loading import load_adapter as load_adapter
@@ -35,16 +34,4 @@ from .tucker import explained_energy as explained_energy
 from .tucker import hosvd as hosvd
 from .tucker import project as project
 
-if TYPE_CHECKING:
-    from .plugin.bank import AdapterBank as AdapterBank
-
 register_methods()
-
-
-def __getattr__(name: str) -> Any:
-    """`AdapterBank`, which most users of the package never ask for, is imported when somebody does."""
-    if name != "AdapterBank":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .plugin.bank import AdapterBank
-
-    return AdapterBank

@@ -89,6 +89,16 @@ def shared_work() -> Iterator[None]:
         _current.reset(token)
 
 
+@contextmanager
+def passes_end() -> Iterator[None]:
+    """A block after which no pass is under way that was not before, even if one was interrupted from the keyboard."""
+    before = _current.get()
+    try:
+        yield
+    finally:
+        _current.set(before)
+
+
 def _begin(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast, get_args
+from threading import RLock
+from typing import Any, Literal, cast, get_args
 from urllib.parse import quote
 
 from peft import PeftConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import CraftError
 from .bank_files import (
-    Heads,
     adapter_state,
     check_beside_bank,
     collect_shelves,
@@ -27,9 +26,9 @@ from .bank_files import (
     write_adapter,
 )
 from .config import StackConfig
-from .mixed_batches import through_head
-from .rows import BASE
-from .shelf import StackShelf
+from .requests import Request, Use, block_of, blocks_of
+from .rows import BASE, Choice
+from .shelf import Place, StackShelf, bytes_of, readable
 from .tensor_names import current_names
 from .tuner import StackTuner
 
@@ -111,13 +110,22 @@ class AdapterBank:
         self._layers: dict[nn.Module, tuple[StackShelf, int]] = {
             layer: (shelf, i) for shelf in self._shelves for i, layer in enumerate(shelf.layers)
         }
+        self._lock = RLock()  # held to change or read what follows, not while a model computes
         self._configs: dict[str, StackConfig] = {}
         self._on_disk: dict[str, Path] = {}
-        self._resident: OrderedDict[str, int] = OrderedDict()  # the place of each, the least recently used first
-        self._heads: dict[str, Heads] = {}
+        self._resident: OrderedDict[str, Place] = OrderedDict()  # the least recently used first
         self._free: list[int] = []
-        self._used: str | None = None
+        self._places = 0
+        self._choice: Choice | None = None
         self._tuner.bank = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock, which no copy can have."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """With another lock."""
+        vars(self).update(state, _lock=RLock())
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is in it
@@ -150,15 +158,17 @@ class AdapterBank:
     @property
     def resident_bytes(self) -> dict[str, int]:
         """The memory of the resident adapters, of their heads, and of the places kept for more."""
-        adapters = len(self._resident) * self.bytes_per_adapter
-        reserved = sum(shelf.bytes_reserved for shelf in self._shelves) - adapters
-        return {"adapters": adapters, "heads": sum(map(_bytes, self._heads.values())), "reserved": reserved}
+        with self._lock:
+            adapters = len(self._resident) * self.bytes_per_adapter
+            reserved = sum(shelf.bytes_reserved for shelf in self._shelves) - adapters
+            heads = sum(bytes_of(place.heads) for place in self._resident.values())
+        return {"adapters": adapters, "heads": heads, "reserved": reserved}
 
     def __repr__(self) -> str:
         sizes = self.resident_bytes
         return (
             f"{type(self).__name__}({len(self)} adapters, {len(self._resident)} resident as {self.keep}: "
-            f"{len(self._resident)} x {_readable(self.bytes_per_adapter)}, heads {_readable(sizes['heads'])})"
+            f"{len(self._resident)} x {readable(self.bytes_per_adapter)}, heads {readable(sizes['heads'])})"
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -177,8 +187,11 @@ class AdapterBank:
         """
         name = Path(folder).name if name is None else name
         self._refuse_taken(name)
-        self._admit(name, *read_adapter(folder))
-        self._on_disk[name] = Path(folder)
+        config, state = read_adapter(folder)
+        with self._lock:
+            self._refuse_taken(name)
+            self._admit(name, config, state)
+            self._on_disk[name] = Path(folder)
 
     def add(self, name: str, model: PeftModel | None = None, adapter_name: str | None = None) -> None:
         """Take in a copy of a live adapter, as it is now.
@@ -191,23 +204,26 @@ class AdapterBank:
         Raises:
             CraftError: an adapter that cannot join, or a name that is taken.
         """
-        self._refuse_taken(name)
         model = self.model if model is None else model
         adapter_name = model.active_adapter if adapter_name is None else adapter_name
         if adapter_name not in model.peft_config:
             raise CraftError(f"There is no adapter '{adapter_name}'. The model has {', '.join(model.peft_config)}.")
         tuner = _tuner_of(model)
         state = live_state(tuner.model, tuner.served_modules().wrappers, adapter_name)
-        self._admit(name, copy(model.peft_config[adapter_name]), state)
+        with self._lock:
+            self._refuse_taken(name)
+            self._admit(name, copy(model.peft_config[adapter_name]), state)
 
     def save(self, name: str, folder: str | Path) -> None:
         """Write an adapter as `save_pretrained` does: the folder loads in PEFT, and in a bank."""
-        self._refuse_unknown([name])
-        (place,) = self._make_resident([name])
-        config = self._configs[name]
-        if self.keep == "middles":
-            config = config.weighted_sum()
-        write_adapter(folder, config, adapter_state(self._shelves, place, self._heads[name], config))
+        with self._lock:
+            self._refuse_unknown(name)
+            (held,) = self._make_resident([name])
+            config = self._configs[name]
+            if self.keep == "middles":
+                config = config.weighted_sum()
+            state = adapter_state(self._shelves, held.place, held.heads, config)
+        write_adapter(folder, config, state)
 
     def evict(self, name: str) -> None:
         """Free the memory of an adapter; the bank keeps its name and reads it again when it is asked for.
@@ -215,92 +231,105 @@ class AdapterBank:
         Raises:
             CraftError: it is not on disk, and the bank has no `folder` to save it in.
         """
-        self._refuse_unknown([name])
-        if name not in self._resident:
-            return
-        if name not in self._on_disk:
-            if self.folder is None:
-                raise CraftError(
-                    f"The adapter '{name}' was never saved, so that its memory cannot be freed. Save it "
-                    "(`bank.save(name, folder)`, then `remove` and `load` it), or make the bank with `folder=...`."
-                )
-            self.save(name, self.folder / quote(name, safe=""))
-            self._on_disk[name] = self.folder / quote(name, safe="")
-        self._release(name)
+        with self._lock:
+            self._refuse_unknown(name)
+            if name not in self._resident:
+                return
+            if name not in self._on_disk:
+                if self.folder is None:
+                    raise CraftError(
+                        f"The adapter '{name}' was never saved, so that its memory cannot be freed. Save it "
+                        "(`bank.save(name, folder)`, then `remove` and `load` it), or make the bank with `folder=...`."
+                    )
+                self.save(name, self.folder / quote(name, safe=""))
+                self._on_disk[name] = self.folder / quote(name, safe="")
+            del self._resident[name]
 
     def remove(self, name: str) -> None:
         """Forget an adapter; files stay."""
-        self._refuse_unknown([name])
-        if name == self._used:
-            raise CraftError(f"The adapter '{name}' is in use. Call `bank.use(None)` first.")
-        if name in self._resident:
-            self._release(name)
-        del self._configs[name]
-        self._on_disk.pop(name, None)
+        with self._lock:
+            self._refuse_unknown(name)
+            blocks = blocks_of(self._tuner.model)
+            if any(choice is not None and choice.name == name for choice in [self.choice, *(b.choice for b in blocks)]):
+                raise CraftError(f"The adapter '{name}' is in use. Call `bank.use(None)` first.")
+            self._resident.pop(name, None)
+            del self._configs[name]
+            self._on_disk.pop(name, None)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Use
     # -----------------------------------------------------------------------------------------------------------------
 
     def use(self, name: str | None) -> ExitStack:
-        """Send all rows through one adapter, until the next call; as a context, until it ends.
+        """Send all rows through one adapter: for the calls of a block, or for all until the next `use`.
 
-        Calls with `adapter_names` are not concerned.
+        ``with bank.use(name):`` is for the calls of this thread or task in the block; tasks and `asyncio.to_thread`
+        inherit it, threads do not. By itself ``bank.use(name)`` is for all calls of the model that are in no such
+        block. Calls with `adapter_names` are not concerned.
 
         Args:
-            name: an adapter of the bank, "__base__" for none, or None to go back to the model's own active adapter.
+            name: an adapter of the bank, "__base__" for none, or None for the model's own active adapter.
 
         Raises:
             CraftError: an unknown name, or adapters that are merged into the base weights.
         """
-        before = self._used
-        self._switch(name)
-        restore = ExitStack()
-        restore.callback(self._switch, before)
-        return restore
+        choice = None if name is None else self._choose(name)
+        block = Request(self._tuner.served_modules().modules, choice=choice, block=True)
+        return Use(block, partial(self._use_everywhere, choice))
 
-    def _switch(self, name: str | None) -> None:
-        if name is not None and name != BASE:
-            self._refuse_unknown([name])
+    @property
+    def choice(self) -> Choice | None:
+        """What the calls use that are in no ``with bank.use(...)`` and name no adapter; None for the model's own."""
+        return self._choice
+
+    def _choose(self, name: str) -> Choice:
         served = self._tuner.served_modules()
-        if name is not None and any(layer.merged for layer, _ in served.layers):
+        if any(layer.merged for layer, _ in served.layers):
             raise CraftError(
                 "The bank cannot be used while adapters are merged into the base weights. Call `unmerge_adapter` first."
             )
-        place = None if name in (None, BASE) else self._make_resident([name])[0]
-        slots = {} if place is None else {s: dict(zip(s.layers, s.slots(place), strict=True)) for s in self._shelves}
-        for layer, _ in served.layers:
-            shelf, _ = self._layers.get(layer, (None, 0))
-            own = () if shelf is None or place is None else (slots[shelf][layer],)
-            layer.instead = None if name is None else own
-        for path, (wrapper, _) in served.wrappers.items():
-            vars(wrapper).pop("forward", None)
-            if name is not None and isinstance(wrapper, ModulesToSaveWrapper):
-                head = {} if name == BASE else self.head_of(name, path)
-                vars(wrapper)["forward"] = partial(through_head, wrapper, head)
-        self._used = name
+        if name == BASE:
+            return Choice(name, {})
+        with self._lock:
+            self._refuse_unknown(name)
+            (held,) = self._make_resident([name])
+            lent = [shelf.slots(held.place) for shelf in self._shelves]
+        parts: dict[nn.Module, Any] = {w: held.heads.get(path, {}) for path, (w, _) in served.wrappers.items()}
+        for shelf, (slots, _) in zip(self._shelves, lent, strict=True):
+            parts |= {layer: (slot,) for layer, slot in zip(shelf.layers, slots, strict=True)}
+        return Choice(name, parts, keep=lent)
+
+    def _use_everywhere(self, choice: Choice | None) -> Callable[[], Any]:
+        """Set what the calls use that say nothing else, here or in this thread's block; returns how to undo it."""
+        block = block_of(self._tuner.model)
+        with self._lock:
+            if block is not None:
+                before, block.choice = block.choice, choice
+                return partial(setattr, block, "choice", before)
+            before, self._choice = self._choice, choice
+            served = self._tuner.served_modules()
+            for module in served.modules - {served.model}:  # for calls of parts of the model, which are no requests
+                vars(module)["instead"] = None if choice is None else choice.part(module)
+        return partial(self._use_everywhere, before)
+
+    def hold(self, names: Iterable[str]) -> dict[str, Place]:
+        """Those of the names that it has, in memory, read from disk if need be, for as long as the result is kept."""
+        with self._lock:
+            wanted = [name for name in dict.fromkeys(names) if name in self._configs]
+            places = self._make_resident(wanted)
+            for shelf in self._shelves:
+                shelf.follow_bases()
+        return dict(zip(wanted, places, strict=True))
 
     def place_of(self, layer: nn.Module) -> tuple[StackShelf, int] | None:
         """The shelf of a layer's stack, and the layer's index in it; None for a layer that the adapters do not have."""
         return self._layers.get(layer)
 
-    def slots_of(self, names: Sequence[str]) -> list[int]:
-        """The place of each name on the shelves, read from disk if need be; 0 for names that are not in the bank."""
-        wanted = [name for name in dict.fromkeys(names) if name in self]
-        places = dict(zip(wanted, self._make_resident(wanted), strict=True))
-        for shelf in self._shelves:
-            shelf.follow_bases()
-        return [places.get(name, 0) for name in names]
-
-    def head_of(self, name: str, path: str) -> dict[str, Tensor]:
-        """The tensors of an adapter's saved module; none if it saved none there."""
-        return self._heads[name].get(path, {})
-
     # -----------------------------------------------------------------------------------------------------------------
     # Memory
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _make_resident(self, names: Collection[str]) -> list[int]:
+    def _make_resident(self, names: Collection[str]) -> list[Place]:
         for name in names:
             if name in self._resident:
                 self._resident.move_to_end(name)
@@ -315,13 +344,16 @@ class AdapterBank:
             trained, heads = sort_state(self._shelves, self._tuner.served_modules().wrappers, config, state)
         except CraftError as error:
             raise CraftError(f"The adapter '{name}' cannot join the bank. {error}") from None
-        self._make_room(self.bytes_per_adapter + _bytes(heads), spare=needed)
-        place = self._free.pop() if self._free else 1 + len(self._resident)
+        self._make_room(self.bytes_per_adapter + bytes_of(heads), spare=needed)
+        if not self._free:
+            self._places += 1
+            self._free.append(self._places)
+        held = Place(self._free.pop(), self._free)
+        held.heads = heads
         for shelf, (tensors, scaling) in zip(self._shelves, trained, strict=True):
-            shelf.put(place, tensors, scaling)
+            shelf.put(held.place, tensors, scaling)
         self._configs[name] = cast(StackConfig, config)
-        self._heads[name] = heads
-        self._resident[name] = place
+        self._resident[name] = held
 
     def _make_room(self, size: int, spare: Collection[str]) -> None:
         for name in [name for name in self._resident if name not in spare]:
@@ -330,7 +362,7 @@ class AdapterBank:
             self.evict(name)
         if not self._has_room(size):
             raise CraftError(
-                f"The bank has no room for {_readable(size)} more: max_resident={self.max_resident}, "
+                f"The bank has no room for {readable(size)} more: max_resident={self.max_resident}, "
                 f"max_bytes={self.max_bytes}, and all {len(self._resident)} resident adapters are needed at once. "
                 "Allow more, or put fewer adapters into one batch."
             )
@@ -339,14 +371,6 @@ class AdapterBank:
         held = self.resident_bytes
         fits = self.max_bytes is None or held["adapters"] + held["heads"] + size <= self.max_bytes
         return fits and (self.max_resident is None or len(self._resident) < self.max_resident)
-
-    def _release(self, name: str) -> None:
-        self._free.append(self._resident.pop(name))
-        del self._heads[name]
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Checks
-    # -----------------------------------------------------------------------------------------------------------------
 
     def refuse_name(self, name: str) -> None:
         """Refuse a name that an adapter of the bank has."""
@@ -358,11 +382,10 @@ class AdapterBank:
         if name in self._tuner.peft_config:
             raise CraftError(f"The model itself has an adapter '{name}'. Choose another name for that of the bank.")
 
-    def _refuse_unknown(self, names: Collection[str]) -> None:
-        unknown = [name for name in names if name not in self]
-        if unknown:
+    def _refuse_unknown(self, name: str) -> None:
+        if name not in self:
             some = ", ".join(self.names[:5]) + (", ..." if len(self) > 5 else "")
-            raise CraftError(f"There is no adapter '{unknown[0]}' in the bank. It has {some or 'none'}.")
+            raise CraftError(f"There is no adapter '{name}' in the bank. It has {some or 'none'}.")
 
 
 def _tuner_of(model: PeftModel) -> StackTuner:
@@ -373,14 +396,3 @@ def _tuner_of(model: PeftModel) -> StackTuner:
             f"({type(tuner).__name__}). Make one with `PeftModel.from_pretrained(base, folder)` from one of them."
         )
     return tuner
-
-
-def _bytes(heads: Heads) -> int:
-    return sum(tensor.nbytes for head in heads.values() for tensor in head.values())
-
-
-def _readable(size: float) -> str:
-    for unit in ("GB", "MB", "kB"):
-        if size >= (scale := {"GB": 1e9, "MB": 1e6, "kB": 1e3}[unit]):
-            return f"{size / scale:.1f} {unit}"
-    return f"{size:.0f} bytes"

@@ -17,6 +17,7 @@ from ..errors import CraftError
 from ..fused import autocasts, is_looked_into, thin_dtype
 from .distributed import check_engine, refuse_replicas
 from .quantization import PretrainedWeight, adapter_place, read_weight, weight_at_hand, write_weight
+from .requests import compiled, is_off, request_of
 from .rows import MixedBatch
 from .stacks import oriented, weight_shape
 from .tensor_names import container_names
@@ -87,8 +88,8 @@ class StackedLinear(nn.Module, BaseTunerLayer):
         quantization_backend: PEFT's access to the weight of a quantised layer.
     """
 
-    rows: MixedBatch | None = None  # one adapter for each row of the batch, instead of the active adapters
-    instead: tuple[StackSlot, ...] | None = None  # what an `AdapterBank` has put in the place of the active adapters
+    # What an `AdapterBank` has put in the place of the active adapters for the whole model; a request may have its own.
+    instead: tuple[StackSlot, ...] | None = None
     _pretrained: tuple[PretrainedWeight, ...] = ()  # while adapters are merged; in a tuple, as it is no part of this
     cast_input_dtype_enabled = True  # `peft.helpers.disable_input_dtype_casting` sets it; inputs are never cast here
 
@@ -148,31 +149,41 @@ class StackedLinear(nn.Module, BaseTunerLayer):
                 of `torch.nn.DataParallel`.
         """
         refuse_replicas(self)
-        if self.disable_adapters and self.merged:
+        if torch.compiler.is_dynamo_compiling() and compiled.has_to_ask:
+            return self._forward_untraced(x, *args, adapter_names=adapter_names, **kwargs)
+        request = request_of(self)
+        off = is_off(self, request)
+        if off and self.merged:
             self.unmerge()
-        rows = self.rows if adapter_names is None else MixedBatch(adapter_names)
-        if rows is None and not (self.disable_adapters or self.merged or args or kwargs):
-            used = self._used()
+        rows = request.batch_of(self) if request is not None and request.batch_of is not None else None
+        rows = rows if adapter_names is None else MixedBatch(adapter_names)
+        instead = self.instead if request is None else request.instead(self)
+        if rows is None and not (off or self.merged or args or kwargs):
+            used = self._used(instead)
             if len(used) == 1 and used[0].fuses_with(x, self.base_layer):
                 return used[0].adapted_output(x, cast(nn.Linear, self.base_layer))
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if off:
             return result
         if rows is not None:
             return self._add_by_row(result, x, rows)
-        if self.merged and self.instead is None:
+        if self.merged and instead is None:
             return result
-        for slot in self._used():
+        for slot in self._used(instead):
             result = result + slot.delta_output(x).to(result.dtype)
         return result
 
-    def _used(self) -> Sequence[StackSlot]:
-        if self.instead is not None:
+    @torch.compiler.disable
+    def _forward_untraced(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(*args, **kwargs)
+
+    def _used(self, instead: Sequence[StackSlot] | None) -> Sequence[StackSlot]:
+        if instead is not None:
             if self.merged:
                 raise CraftError(
                     "A bank is in use and adapters are merged into the base weights. Call `unmerge_adapter`."
                 )
-            return self.instead
+            return instead
         slots = self.slots
         return [cast(StackSlot, slots[name]) for name in self.active_adapters if name in slots]
 

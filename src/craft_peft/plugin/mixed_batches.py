@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import cached_property, partial
+from typing import Any, cast
 
+import torch
 from peft import PeftConfig
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import CraftError
 from .layer import StackedLinear
-from .rows import BASE, MixedBatch
-
-if TYPE_CHECKING:
-    from .bank import AdapterBank
+from .requests import Modules, Request, compiled, is_off, refuse_while_off, request_of
+from .rows import BASE, MixedBatch, Store
 
 
 @dataclass(frozen=True)
 class ServedModules:
-    """The modules of a model whose rows can use different adapters, each with whether it lies in an encoder.
+    """The modules of a model that ask what their request uses, each with whether it lies in an encoder.
 
     Args:
         model: the base model with adapted layers.
@@ -38,66 +37,77 @@ class ServedModules:
     @classmethod
     def of(cls, model: nn.Module) -> ServedModules:
         """Looked up in one walk over the model, which takes longer than a small batch."""
-        encoder = model.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
-        inside = set(encoder.modules()) if encoder is not None else set()
+        encoder = None
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+            encoder = model.get_encoder()
+        inside = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
         found = [(key, module, module in inside) for key, module in model.named_modules()]
+        wrappers = {key: (m, within) for key, m, within in found if isinstance(m, AuxiliaryTrainingWrapper)}
+        for path, (wrapper, _) in wrappers.items():
+            _let_ask(wrapper, path)
         return cls(
             model,
             tuple((module, within) for _, module, within in found if isinstance(module, StackedLinear)),
-            {key: (m, within) for key, m, within in found if isinstance(m, AuxiliaryTrainingWrapper)},
+            wrappers,
         )
 
+    @cached_property
+    def modules(self) -> Modules:
+        """The model and all that ask."""
+        return frozenset([self.model, *(layer for layer, _ in self.layers), *(w for w, _ in self.wrappers.values())])
 
-@contextmanager
-def rows_use(
+    @cached_property
+    def in_encoder(self) -> Modules:
+        """Those of an encoder, whose rows beam search does not repeat."""
+        return frozenset(module for module, within in (*self.layers, *self.wrappers.values()) if within)
+
+
+def request_for(
     served: ServedModules,
-    adapter_names: Sequence[str],
+    adapter_names: Sequence[str] | None,
     known: Mapping[str, PeftConfig],
-    bank: AdapterBank | None = None,
+    bank: Store | None = None,
     num_beams: int | None = None,
-) -> Iterator[None]:
-    """Within it, row i of every batch goes through adapter `adapter_names[i]`.
-
-    The names are left at the adapted layers, at saved heads and at embeddings with trained tokens, since the modules in
-    between would not pass them on.
+    off: bool = False,
+) -> Request:
+    """The request that a call of the model is.
 
     Args:
         served: the modules of the model.
-        adapter_names: one a row of the batch.
+        adapter_names: one a row of every batch; None for what the call's thread or task, or else the whole model uses.
         known: the adapters that the model itself has, with their configs.
         bank: others that it can use.
         num_beams: in beam search, the rows of a decoder are repeated so often.
+        off: the adapters are switched off.
 
     Raises:
-        CraftError: the model is in training mode, a name is unknown, or rows would get biases of another adapter.
+        CraftError: names in training mode; a name that is unknown, or whose rows would get biases of another adapter; a
+            call that says too little, see `request_of`.
     """
+    if adapter_names is None:
+        around = request_of(served.model)
+        choice = around.choice if around is not None else bank.choice if bank is not None else None
+        return Request(served.modules, choice=choice, off=off)
+    refuse_while_off(served.model)
     if served.model.training:
         raise CraftError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first.")
-    unknown = sorted(name for name in set(adapter_names) - {BASE, *known} if bank is None or name not in bank)
+    _refuse_unknown(adapter_names, known, bank, () if bank is None else bank)
+    _refuse_biases_of_others(adapter_names, known)
+    whole = repeated = MixedBatch(list(adapter_names), bank)
+    _refuse_unknown(adapter_names, known, bank, whole.held)  # another thread may have removed one
+    if (num_beams or 1) > 1:
+        repeated = MixedBatch([name for name in adapter_names for _ in range(num_beams or 1)], bank)
+    return Request(served.modules, batch_of=lambda module: whole if module in served.in_encoder else repeated, off=off)
+
+
+def _refuse_unknown(names: Sequence[str], known: Collection[str], bank: Store | None, found: Container[str]) -> None:
+    unknown = sorted(name for name in set(names) - {BASE, *known} if name not in found)
     if unknown:
         others = f" and a bank of {len(bank)} others" if bank is not None else ""
         raise CraftError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has {', '.join(known)}"
             f"{others}."
         )
-    _refuse_biases_of_others(adapter_names, known)
-    whole = MixedBatch(list(adapter_names), bank)
-    repeated = whole
-    if (num_beams or 1) > 1:
-        repeated = MixedBatch([name for name in adapter_names for _ in range(num_beams or 1)], bank)
-    before = [layer.rows for layer, _ in served.layers]
-    with ExitStack() as changes:
-        try:
-            for layer, in_encoder in served.layers:
-                layer.rows = whole if in_encoder else repeated
-            for path, (wrapper, in_encoder) in served.wrappers.items():
-                names = (whole if in_encoder else repeated).names
-                by_row = partial(_through_heads, wrapper, path, names, bank)
-                changes.enter_context(called_instead(wrapper, by_row))
-            yield
-        finally:
-            for (layer, _), rows in zip(served.layers, before, strict=True):
-                layer.rows = rows
 
 
 def _refuse_biases_of_others(adapter_names: Sequence[str], known: Mapping[str, PeftConfig]) -> None:
@@ -112,43 +122,75 @@ def _refuse_biases_of_others(adapter_names: Sequence[str], known: Mapping[str, P
             )
 
 
-@contextmanager
-def called_instead(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Within it, a call of the module is a call of the function, between the same hooks."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = function
-    try:
-        yield
-    finally:
-        vars(module).pop("forward")
-        if before is not None:
-            vars(module)["forward"] = before
+class _Asking(AuxiliaryTrainingWrapper):
+    """PEFT's place for what an adapter trains of a module, which asks what its request uses."""
+
+    path = ""  # in the base model
+    instead: Mapping[str, Tensor] | None = None  # as in `StackedLinear`
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module as each row's adapter has it, or the bank's, or the active one."""
+        if torch.compiler.is_dynamo_compiling() and compiled.has_to_ask:
+            return self._forward_untraced(*args, **kwargs)
+        request = request_of(self)
+        if is_off(self, request):
+            return self.original_module(*args, **kwargs)
+        if request is not None and request.batch_of is not None:
+            return _through_heads(self, request.batch_of(self), *args, **kwargs)
+        instead = self.instead if request is None else request.instead(self)
+        if instead is not None:
+            return _through_head(self, instead, *args, **kwargs)
+        if self.disable_adapters:
+            return self._forward_in_spite(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _forward_untraced(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def _forward_in_spite(self, *args: Any, **kwargs: Any) -> Any:
+        """With the active adapter, which is switched off for others."""
+        raise CraftError(
+            "Another thread or task switched the adapters off (`disable_adapter`) during this call, and trained tokens "
+            'are off with them. Use `adapter_names=["__base__", ...]` there.'
+        )
 
 
-def _through_heads(
-    wrapper: AuxiliaryTrainingWrapper,
-    path: str,
-    names: Sequence[str],
-    bank: AdapterBank | None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+class ServedHead(_Asking, ModulesToSaveWrapper):
+    """A `ModulesToSaveWrapper` that asks: `ServedModules.of` makes PEFT's ones these."""
+
+    def _forward_in_spite(self, *args: Any, **kwargs: Any) -> Any:
+        has_it = self._adapters.issuperset(self.active_adapters)
+        return (self._forward_wrapped if has_it else self.original_module)(*args, **kwargs)
+
+
+class ServedTokens(_Asking, TrainableTokensWrapper):
+    """A `TrainableTokensWrapper` that asks."""
+
+
+def _let_ask(wrapper: AuxiliaryTrainingWrapper, path: str) -> None:
+    for asking, kind in ((ServedHead, ModulesToSaveWrapper), (ServedTokens, TrainableTokensWrapper)):
+        if isinstance(wrapper, kind):
+            wrapper.__class__ = asking
+            vars(wrapper)["path"] = path
+
+
+def _through_heads(wrapper: _Asking, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
     """As PEFT does it for some modules, for any: each adapter's rows through what it trained of the module."""
-    if wrapper.disable_adapters:
-        return wrapper.original_module(*args, **kwargs)
+    names = batch.names
     one_input = len(args) == 1 and not any(isinstance(value, Tensor) for value in kwargs.values())
     if one_input:
-        _check_rows(args[0], names, path)
+        _check_rows(args[0], names, wrapper.path)
     result: Tensor | None = None
     for name in dict.fromkeys(names):
         rows = [row for row, wanted in enumerate(names) if wanted == name]
-        module = _trained_with(wrapper, path, name, bank)
+        module = _trained_with(wrapper, name, batch)
         # Of several inputs nobody knows which have rows; and a product of fewer rows may be rounded otherwise, while
         # rows of the base are the base's bit for bit.
         if one_input and module is not wrapper.original_module:
             output = module(args[0][rows], **kwargs)
         else:
-            output = _check_rows(module(*args, **kwargs), names, path)[rows]
+            output = _check_rows(module(*args, **kwargs), names, wrapper.path)[rows]
         if result is None:
             result = output.new_empty((len(names), *output.shape[1:]))
         result[rows] = output.to(result.dtype)
@@ -156,12 +198,10 @@ def _through_heads(
     return result
 
 
-def _trained_with(
-    wrapper: AuxiliaryTrainingWrapper, path: str, name: str, bank: AdapterBank | None
-) -> Callable[..., Any]:
+def _trained_with(wrapper: _Asking, name: str, batch: MixedBatch) -> Callable[..., Any]:
     """What an adapter makes of a module that can be trained with it: the base's module, if it has nothing there."""
-    if bank is not None and name in bank:
-        return partial(through_head, wrapper, bank.head_of(name, path))
+    if name in batch.held:
+        return partial(_through_head, wrapper, batch.held[name].heads.get(wrapper.path, {}))
     if name not in wrapper._get_available_adapters():
         return wrapper.original_module
     if isinstance(wrapper, ModulesToSaveWrapper):
@@ -179,9 +219,32 @@ def _check_rows(batch: Any, names: Sequence[str], path: str) -> Tensor:
     return cast(Tensor, batch)
 
 
-def through_head(wrapper: AuxiliaryTrainingWrapper, head: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+def _through_head(wrapper: _Asking, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
     """What a saved module computes, with the tensors of one adapter; with none, what the base's computes."""
-    if not head or wrapper.disable_adapters:
-        return wrapper.original_module(*args, **kwargs)
-    own = wrapper.original_module.state_dict()  # where, and in which dtype, the model is now
-    return functional_call(wrapper.original_module, {name: t.to(own[name]) for name, t in head.items()}, args, kwargs)
+    module = wrapper.original_module
+    if not tensors:
+        return module(*args, **kwargs)
+    own = module.state_dict()  # where, and in which dtype, the model is now
+    tensors = {name: tensor.to(own[name]) for name, tensor in tensors.items()}
+    if torch.compiler.is_compiling():
+        return functional_call(module, tensors, args, kwargs)
+    return _with_tensors(module, tensors)(*args, **kwargs)
+
+
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> nn.Module:
+    """A module with other tensors; `functional_call` puts them into the module itself for a time, for all threads."""
+    twin = copy(module)
+    for kind in ("_parameters", "_buffers"):
+        vars(twin)[kind] = {name: tensors.get(prefix + name, own) for name, own in vars(module)[kind].items()}
+    twin._modules = {
+        name: None if child is None else _with_tensors(child, tensors, f"{prefix}{name}.")
+        for name, child in module._modules.items()
+    }
+    if hasattr(twin, "_hf_hook"):  # accelerate's, which brings the inputs to the module's device
+        vars(twin)["forward"] = partial(_between_hooks, twin)
+    return twin
+
+
+def _between_hooks(module: Any, *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = module._hf_hook.pre_forward(module, *args, **kwargs)
+    return module._hf_hook.post_forward(module, type(module).forward(module, *args, **kwargs))

@@ -8,6 +8,7 @@ single pass with few tokens a row goes through the transforms themselves. Other 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -32,21 +33,62 @@ class Shelf(Protocol):
     scalings: Tensor
 
 
+class Held(Protocol):
+    """An adapter in memory: who has this object keeps it there."""
+
+    @property
+    def place(self) -> int:
+        """Its index on every shelf; 0 holds zeros."""
+
+    @property
+    def heads(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """By path of a saved module its tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a bank puts in the place of a model's active adapters, for all rows.
+
+    Args:
+        name: of the adapter.
+        parts: by module: the slots of an adapted layer, the tensors of a saved head.
+        keep: what must not be used otherwise in the meantime.
+    """
+
+    name: str
+    parts: Mapping[nn.Module, Any]
+    keep: Any = None
+
+    def part(self, module: nn.Module) -> Any:
+        """What the module uses; nothing if the adapter has nothing there."""
+        return self.parts.get(module, ())
+
+
 class Store(Protocol):
-    """What `MixedBatch` needs of an `AdapterBank`."""
+    """What a model and its requests need of an `AdapterBank`."""
 
     def __contains__(self, name: object) -> bool:
         """Whether it has an adapter of that name."""
 
+    def __len__(self) -> int:
+        """How many adapters it has."""
+
+    def refuse_name(self, name: str) -> None:
+        """Refuse a name that one of its adapters has, for an adapter of the model."""
+
+    def hold(self, names: Iterable[str]) -> Mapping[str, Held]:
+        """Those of the names that it has, in memory for as long as the result is kept."""
+
+    @property
+    def choice(self) -> Choice | None:
+        """What all calls use in the place of the model's active adapters, unless they say otherwise."""
+
     def place_of(self, layer: nn.Module) -> tuple[Shelf, int] | None:
         """The shelf of a layer's stack, and the layer's index in it."""
 
-    def slots_of(self, names: Sequence[str]) -> list[int]:
-        """The place of each name on every shelf; 0, which holds zeros, for a name that is not in the store."""
-
 
 class MixedBatch:
-    """One adapter for each row of a batch, by name; valid while no adapter changes.
+    """One adapter for each row of a batch, by name; valid while no adapter of the model itself changes.
 
     Args:
         names: one a row; `BASE` or a name that a layer does not have adds nothing there.
@@ -55,8 +97,9 @@ class MixedBatch:
 
     def __init__(self, names: Sequence[str], store: Store | None = None) -> None:
         self.names = names
-        self._store = store if store is not None and any(name in store for name in names) else None
-        self._slots = self._store.slots_of(names) if self._store is not None else []
+        self.held: Mapping[str, Held] = store.hold(names) if store is not None else {}
+        self._store = store if self.held else None
+        self._slots = [self.held[name].place if name in self.held else 0 for name in names]
         self._groups: dict[Any, _Group] = {}
         self._plans: dict[nn.Module, tuple[list[tuple[_Group, int]], list[tuple[nn.Module, Tensor]]]] = {}
 

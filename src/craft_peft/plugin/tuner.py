@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import StackAdapter, still_deferred
 from ..errors import CraftError
-from ..sharing import share_work_in, shared_work, stop_sharing_work_in
+from ..sharing import passes_end, share_work_in, shared_work, stop_sharing_work_in
 from .bank_files import check_beside_bank
 from .base_check import BaseCheck
 from .beside_stacks import keep_biases_of_heads, refuse_nested_modules, refuse_to_merge_shared_tokens
@@ -21,9 +21,11 @@ from .callers import check_callers, stop_watching, watch_first_pass
 from .config import StackConfig
 from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
-from .mixed_batches import ServedModules, rows_use
+from .mixed_batches import ServedModules, request_for
 from .progress import Progress
 from .quantization import adapter_place, backend_of, quantization_of
+from .requests import Request, refuse_while_off
+from .rows import Store
 from .stacks import Stack, collect_stacks, path_pattern, say_once
 from .targets import QUERY_AND_VALUE, find_targets, linear_modules, set_default_targets
 from .tensor_names import (
@@ -36,9 +38,6 @@ from .tensor_names import (
     without_adapter_name,
 )
 
-if TYPE_CHECKING:
-    from .bank import AdapterBank
-
 
 class StackTuner(BaseTuner):
     """Wraps a model: finds the stacks, builds their adapters, replaces the modules.
@@ -49,8 +48,9 @@ class StackTuner(BaseTuner):
 
     tuner_layer_cls = StackedLinear
     target_module_mapping = QUERY_AND_VALUE
-    bank: AdapterBank | None = None
+    bank: Store | None = None
     _served: ServedModules | None = None
+    _off: Request | None = None
 
     def inject_adapter(
         self,
@@ -84,6 +84,7 @@ class StackTuner(BaseTuner):
         # On the model, not on this tuner: it may be used without one (`inject_adapter_in_model`, `add_adapter`).
         share_work_in(model)
         watch_first_pass(model)
+        ServedModules.of(model)  # which makes saved modules ask, before anything else is hung on them
 
     def _prepare_adapter_config(self, peft_config: StackConfig, model_config: dict[str, Any]) -> StackConfig:
         set_default_targets(peft_config, self.model, self.target_module_mapping)
@@ -240,18 +241,40 @@ class StackTuner(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT enters this around forward and generate with their arguments.
-        if not torch.compiler.is_compiling():
-            keep_frozen_tensors_out_of_ddp()
-        if kwargs.get("adapter_names") is None:
+        names = kwargs.get("adapter_names")
+        if torch.compiler.is_compiling() and names is None:  # the modules find no request, and use what the model does
             yield
             return
-        own = self.peft_config
-        with rows_use(self.served_modules(), kwargs["adapter_names"], own, self.bank, kwargs.get("num_beams")):
+        if not torch.compiler.is_compiling():
+            keep_frozen_tensors_out_of_ddp()
+        own, is_off = self.peft_config, self._off is not None
+        request = request_for(self.served_modules(), names, own, self.bank, kwargs.get("num_beams"), is_off)
+        with passes_end(), request.under_way():
             yield
 
+    def disable_adapter_layers(self) -> None:
+        """As in PEFT. If there are several adapters, other threads and tasks can begin no requests until `enable_...`.
+
+        Raises:
+            CraftError: another thread or task has switched them off.
+        """
+        refuse_while_off(self.model)
+        super().disable_adapter_layers()
+        if self._off is None:
+            several = len(self.peft_config) > 1 or self.bank is not None
+            self._off = Request(self.served_modules().modules, off=True, block=True, alone=several)
+            self._off.begin()
+
+    def enable_adapter_layers(self) -> None:
+        """As in PEFT."""
+        super().enable_adapter_layers()
+        if self._off is not None:
+            self._off.end()
+            self._off = None
+
     def served_modules(self) -> ServedModules:
-        """The modules whose rows can use different adapters; found once, and again after a change of the model."""
-        if self._served is None:
+        """The modules that ask what their request uses; found once, and again after a change of the model."""
+        if self._served is None or self._served.model is not self.model:
             self._served = ServedModules.of(self.model)
         return self._served
 

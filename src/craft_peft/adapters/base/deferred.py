@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
+from threading import RLock
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from ...errors import CraftError
 from ...fused import autocasts
 from ...weights import ReadWeights, StackShape, as_bits
+
+_filling = RLock()  # held while frozen tensors are made, so that another thread does not use them half made
 
 
 class DeferredState(nn.Module, ABC):
@@ -34,6 +37,7 @@ class DeferredState(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self._deferred: Callable[[], None] | None = None
+        self._is_filling = False  # in some thread
         self._watcher: Callable[[Tensor], None] | None = None
 
     @abstractmethod
@@ -92,16 +96,22 @@ class DeferredState(nn.Module, ABC):
             self._deferred = held
 
     def make_ready(self) -> None:
-        """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use."""
-        while self._deferred is not None:  # what was deferred may turn out to need something else first
-            deferred, self._deferred = self._deferred, None
-            try:
-                # Whoever asks first may do so in a mode of his own. What is made here stays.
-                with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
-                    deferred()
-            except BaseException:
-                self._deferred = deferred  # the next use is an error again, not a use of tensors that hold nothing
-                raise
+        """Run a deferred `initialise`, if there is one. Cheap otherwise; called before every use, by all threads."""
+        if self._deferred is None and not self._is_filling:
+            return
+        with _filling:
+            while self._deferred is not None:  # what was deferred may turn out to need something else first
+                was_filling, self._is_filling = self._is_filling, True
+                deferred, self._deferred = self._deferred, None
+                try:
+                    # Whoever asks first may do so in a mode of his own. What is made here stays.
+                    with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
+                        deferred()
+                except BaseException:
+                    self._deferred = deferred  # the next use is an error again, not a use of tensors that hold nothing
+                    raise
+                finally:
+                    self._is_filling = was_filling
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not any(parameter.is_meta for parameter in self.parameters()):  # those are still to be loaded
