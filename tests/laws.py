@@ -220,6 +220,20 @@ def disables_exactly(method: Method) -> None:
         assert torch.equal(logits(model), before)
 
 
+@shows("`disable_adapter`")
+def disables_without_unfreezing(method: Method) -> None:
+    """A loaded adapter is frozen, its head too, and one that is trained is not."""
+    model, base = moved(method)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for one in (model, PeftModel.from_pretrained(copy.deepcopy(base), folder)):
+            before = {name: parameter.requires_grad for name, parameter in one.named_parameters()}
+            with one.disable_adapter(), one.disable_adapter():
+                logits(one)
+            assert {name: parameter.requires_grad for name, parameter in one.named_parameters()} == before
+            assert any(before.values()) == (one is model)
+
+
 @shows(
     "`save_pretrained` and `from_pretrained`, bit for bit", "loading under another adapter name", "`low_cpu_mem_usage`"
 )
@@ -383,6 +397,7 @@ MODEL_LAWS = [
     merges_and_unmerges,
     unloads_to_the_base,
     disables_exactly,
+    disables_without_unfreezing,
     saves_and_loads_bit_equal,
     resumes_training,
     keeps_two_adapters_apart,

@@ -259,6 +259,9 @@ class StackTuner(BaseTuner):
             CraftError: another thread or task has switched them off.
         """
         refuse_while_off(self.model)
+        if self._off is None:
+            self._frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+            self._active = self.active_adapters
         super().disable_adapter_layers()
         if self._off is None:
             several = len(self.peft_config) > 1 or self.bank is not None
@@ -266,11 +269,14 @@ class StackTuner(BaseTuner):
             self._off.begin()
 
     def enable_adapter_layers(self) -> None:
-        """As in PEFT."""
+        """As in PEFT, which would train whatever is active: what was frozen before stays frozen."""
         super().enable_adapter_layers()
         if self._off is not None:
             self._off.end()
             self._off = None
+            for name, parameter in self.model.named_parameters() if self._active == self.active_adapters else ():
+                if name in self._frozen:
+                    parameter.requires_grad_(False)
 
     def served_modules(self) -> ServedModules:
         """The modules that ask what their request uses; found once, and again after a change of the model."""
