@@ -32,7 +32,7 @@ test: lint
 
 # Elsewhere `.venv/bin/playwright install chromium`, or any Chromium named by CRAFT_CHROMIUM.
 chromium:
-	@command -v chromium || { apt-get update -qq && \
+	@command -v chromium >/dev/null || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null; }
 
 lint: $(VENV)/dev.installed

@@ -54,6 +54,13 @@ def test_words_that_do_not_parse(words: list[str], capsys: pytest.CaptureFixture
     assert "error: " in capsys.readouterr().err
 
 
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"craft-peft \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 def failing(monkeypatch: pytest.MonkeyPatch, command: str, error: BaseException) -> None:
     def run(arguments: argparse.Namespace) -> NoReturn:
         raise error

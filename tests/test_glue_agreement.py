@@ -111,7 +111,8 @@ class TestLoggers:
         words = ["train", "--output", str(tmp_path / "run"), "--model", str(workshop / "encoder"), "--report-to"]
         assert main([*words, "wandb"]) == 2
         assert (
-            "`report_to=wandb` needs a package that is not installed: pip install not_there" in capsys.readouterr().err
+            "`--report-to wandb` needs a package that is not installed: pip install not_there"
+            in capsys.readouterr().err
         )
         with pytest.raises(CraftError, match=r"Unknown logger `mlfow`\. Did you mean `mlflow`"):
             loggers.check_loggers(["mlfow"])

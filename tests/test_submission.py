@@ -177,7 +177,7 @@ class TestBadInput:
             (["--fill-missing"], "--fill-missing was given without --glue-submission"),
             (["runs", "--glue-submission", "a.zip"], "needs the test sets"),
             (["--glue-submission", "a.zip", "--data", "."], "No run was given. Give a folder of runs"),
-            (["runs", "--glue-submission", "a.zip", "--data", ".", "--json"], "`json` has no meaning"),
+            (["runs", "--glue-submission", "a.zip", "--data", ".", "--json"], "`--json` has no meaning"),
             (["runs", "--glue-submission", ".", "--data", "."], "exists already; it is left alone"),
             (["runs", "--glue-submission", "no/a.zip", "--data", "."], "there is no folder no"),
             (["--glue-submission", "a.zip", "--data", ".", "--task-run", "rta=x"], "Unknown task `rta`"),

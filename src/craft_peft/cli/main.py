@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from ..errors import CraftError
 from . import demo, evaluate, export, inspect, params, predict, report, sweep, train
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('craft-peft')}")
     subparsers = parser.add_subparsers(metavar="command", required=True, parser_class=Parser)
     for command in COMMANDS:
         command.register(subparsers)

@@ -52,7 +52,7 @@ def make_peft_config(name: str, options: MethodOptions) -> PeftConfig | None:
     if unknown := [key for key in fields if key not in known]:
         raise CraftError(
             f"Method `{name}` does not take these options: {', '.join(map(repr, unknown))}."
-            f"{did_you_mean(unknown[0], known)} They are the fields of {method.config.__name__}."
+            f"{did_you_mean(unknown[0], known)} The options are the fields of {method.config.__name__}."
         )
     try:
         return method.config(**fields)

@@ -193,7 +193,9 @@ def read_data(config: TrainingConfig) -> TextData:
     if config.task is not None:
         data = read_glue(find_task(config.task), config.data)
     elif config.data is None:
-        raise CraftError("Neither a task nor data was given. Give a GLUE task, or a table of your own.")
+        raise CraftError(
+            "Neither a task nor data was given. Give a GLUE task (`task=...`), or a table of your own (`data=...`)."
+        )
     else:
         data = read_own(config.data, config.dev_data, config.text_columns, config.label_column, config.kind)
     return data if config.rows is None else take_rows(data, config.rows)
