@@ -114,12 +114,13 @@ def assert_same_spaces(found, expected):
         assert overlap.min() > 1 - 1e-4, f"{name}: {overlap}"
 
 
-@pytest.mark.parametrize("basis", ["activations", "gradients"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "basis"),
+    [(case, "activations") for case in CASES]
+    + [(case, "gradients") for case, (*_, batch, _) in CASES.items() if batch is not text],  # those have no loss
+)
 def test_bases_are_those_without_padding(case, basis):
     make, targets, batch, side = CASES[case]
-    if basis == "gradients" and batch is text:
-        pytest.skip("this model has no loss")
     found = []
     for by in (0, 9):
         model = adapted(make, targets, basis)
@@ -214,7 +215,7 @@ class Router(nn.Module):
     def forward(self, x, attention_mask=None):
         for layer in self.layers:
             x = x + layer["a" if x.mean() < 9 else "b"](x)
-        return {"loss": x.square().sum()} if False else x
+        return x
 
 
 @pytest.mark.filterwarnings("ignore:In the first forward pass Router did not call:UserWarning")
