@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from small_models import LAYERS, bert, gpt2, logits, tokens
 from transformers import (
     AutoModelForSequenceClassification,
+    GenerationConfig,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -182,6 +183,11 @@ def test_generation_mixes_adapters_in_a_batch(make, task, method):
     names = ["second", "__base__", "default"]
     mixed = model.generate(input_ids=rows, adapter_names=names, **fields)
     for row, name in zip(mixed, names, strict=True):
+        assert torch.equal(row, expected[name])
+    # Said in a config instead, and with more than one sequence returned per row.
+    config = GenerationConfig(**{**fields, "num_return_sequences": 2})
+    mixed = model.generate(input_ids=rows, adapter_names=names, generation_config=config)
+    for row, name in zip(mixed[::2], names, strict=True):
         assert torch.equal(row, expected[name])
 
 

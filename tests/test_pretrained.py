@@ -275,3 +275,15 @@ def test_the_most_tokens_are_those_that_have_a_position(
     if most is not None:
         with pytest.raises(CraftError, match=f"Use at most `max_length={most}`"):
             check_length(most + 1, model, name)
+
+
+def test_a_tokenizer_that_does_not_fit_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    hf.BertModel(hf.BertConfig(**{**SIZES, "vocab_size": 10})).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    with pytest.raises(CraftError, match=r"has \d+ tokens, and the model has embeddings for 10"):
+        load_base(str(tmp_path), REVIEWS)
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    tokenizer.pop("pad_token")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CraftError, match="neither a padding token nor an end token"):
+        load_base(str(tmp_path), REVIEWS)

@@ -53,9 +53,24 @@ def load_base(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _check_tokenizer(name, tokenizer, model)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    if tokenizer.pad_token is None:
+        raise CraftError(
+            f"The tokenizer of '{name}' has neither a padding token nor an end token, so that texts of unequal length "
+            "cannot form a batch. Name one as `pad_token` in its tokenizer_config.json."
+        )
+    vocabulary = getattr(model.config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise CraftError(
+            f"The tokenizer of '{name}' has {len(tokenizer)} tokens, and the model has embeddings for {vocabulary}. "
+            "Use the tokenizer that the model was trained with, or a model whose embeddings were resized for this one."
+        )
 
 
 def load_encoder(name: str) -> PreTrainedModel:

@@ -79,6 +79,22 @@ def _check_fast_path(key: str, parent: nn.Module) -> None:
         )
 
 
+def refuse_lost_adapters(model: nn.Module) -> None:
+    """Refuse a model from which the layer that holds a stack's adapter was cut: it trains and saves nothing of it.
+
+    Raises:
+        CraftError: names a layer whose adapter is gone.
+    """
+    present = set(model.modules())
+    for key, layer in model.named_modules():
+        for name in layer.slots if isinstance(layer, StackedLinear) else ():
+            if layer.slots[name].registered not in present:
+                raise CraftError(
+                    f"The adapter '{name}' of '{key}' is not in the model any more: the first layer of its stack, "
+                    "which holds it for all, was taken out. Cut the base model first, then add or load the adapter."
+                )
+
+
 def watch_first_pass(model: nn.Module) -> None:
     """Warn after the next whole forward pass of a model of adapted layers that were passed by in it.
 

@@ -48,16 +48,17 @@ class StackSlot(nn.Module):
             check_engine(self.adapter)
         if self.training and self.adapter.dropout > 0:  # it makes numbers larger, beyond the range of float16
             x = F.dropout(x.to(thin_dtype(x.dtype)), self.adapter.dropout)
-        return self._module(self.layer, x)
+        return self.registered(self.layer, x)
 
     def adapted_output(self, x: Tensor, base_layer: nn.Linear) -> Tensor:
         """The layer's output with what the adapter adds, in one step; only if `fuses_with` says so."""
         if self.training:
             check_engine(self.adapter)
-        return self._module(self.layer, x, base_layer)
+        return self.registered(self.layer, x, base_layer)
 
     @property
-    def _module(self) -> nn.Module:
+    def registered(self) -> nn.Module:
+        """The adapter as a module of the model, or what an engine has put around it."""
         holder, name = self.adapter.registered_in  # FSDP 1 has put a wrapper there, which has to be called
         return holder[name]
 

@@ -67,7 +67,7 @@ def request_for(
     adapter_names: Sequence[str] | None,
     known: Mapping[str, PeftConfig],
     bank: Store | None = None,
-    num_beams: int | None = None,
+    times: int = 1,
     off: bool = False,
 ) -> Request:
     """The request that a call of the model is.
@@ -77,7 +77,7 @@ def request_for(
         adapter_names: one a row of every batch; None for what the call's thread or task, or else the whole model uses.
         known: the adapters that the model itself has, with their configs.
         bank: others that it can use.
-        num_beams: in beam search, the rows of a decoder are repeated so often.
+        times: the rows of a decoder are repeated so often, see `times_repeated`.
         off: the adapters are switched off.
 
     Raises:
@@ -95,9 +95,21 @@ def request_for(
     _refuse_biases_of_others(adapter_names, known)
     whole = repeated = MixedBatch(list(adapter_names), bank)
     _refuse_unknown(adapter_names, known, bank, whole.held)  # another thread may have removed one
-    if (num_beams or 1) > 1:
-        repeated = MixedBatch([name for name in adapter_names for _ in range(num_beams or 1)], bank)
+    if times > 1:
+        repeated = MixedBatch([name for name in adapter_names for _ in range(times)], bank)
     return Request(served.modules, batch_of=lambda module: whole if module in served.in_encoder else repeated, off=off)
+
+
+def times_repeated(arguments: Mapping[str, Any]) -> int:
+    """How often `generate` repeats each row for a decoder, by its arguments: for beams, or for sequences to return.
+
+    Example:
+        >>> times_repeated({"num_beams": 3}), times_repeated({"num_return_sequences": 2}), times_repeated({})
+        (3, 2, 1)
+    """
+    settings = vars(arguments["generation_config"]) if arguments.get("generation_config") is not None else {}
+    settings = {**settings, **arguments}  # as in transformers
+    return max(settings.get("num_beams") or 1, settings.get("num_return_sequences") or 1)
 
 
 def _refuse_unknown(names: Sequence[str], known: Collection[str], bank: Store | None, found: Container[str]) -> None:

@@ -17,11 +17,11 @@ from ..sharing import passes_end, share_work_in, shared_work, stop_sharing_work_
 from .bank_files import check_beside_bank
 from .base_check import BaseCheck
 from .beside_stacks import keep_biases_of_heads, refuse_nested_modules, refuse_to_merge_shared_tokens
-from .callers import check_callers, stop_watching, watch_first_pass
+from .callers import check_callers, refuse_lost_adapters, stop_watching, watch_first_pass
 from .config import StackConfig
 from .distributed import initialise, keep_frozen_tensors_out_of_ddp
 from .layer import StackedLinear, StackSlot
-from .mixed_batches import ServedModules, request_for
+from .mixed_batches import ServedModules, request_for, times_repeated
 from .progress import Progress
 from .quantization import adapter_place, backend_of, quantization_of
 from .requests import Request, refuse_while_off
@@ -248,7 +248,7 @@ class StackTuner(BaseTuner):
         if not torch.compiler.is_compiling():
             keep_frozen_tensors_out_of_ddp()
         own, is_off = self.peft_config, self._off is not None
-        request = request_for(self.served_modules(), names, own, self.bank, kwargs.get("num_beams"), is_off)
+        request = request_for(self.served_modules(), names, own, self.bank, times_repeated(kwargs), is_off)
         with passes_end(), request.under_way():
             yield
 
@@ -300,6 +300,7 @@ class StackTuner(BaseTuner):
         kwargs |= {"model": model, "state_dict": state_dict, "unwanted_adapter_names": unwanted_adapter_names}
         if unwanted_adapter_names:
             put_back(state_dict, model, unwanted_adapter_names)  # PEFT goes on with the same dict
+        refuse_lost_adapters(model)
         # PEFT 0.21 looks for the paths of adapted layers, into which FSDP 1 puts wrappers: it would save nothing.
         own = adapter_keys(state_dict, model, cls.tuner_layer_cls)
         return super()._get_adapter_state_dict(**kwargs) | {key: state_dict[key] for key in state_dict if key in own}
