@@ -43,8 +43,7 @@ def enter(rank: int, environment: dict[str, str], engine: str, base: Path, folde
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     for method in ROWS:
         found = run(method, engine, base, folder / method.name)
-        if method in VARIED:
-            found |= run_variants(method, engine, base)
+        found |= run_variants(method, engine, base)
         torch.save(found, folder / f"{method.name}-{rank}.pt")
     PartialState().destroy_process_group()
 
@@ -87,7 +86,8 @@ def run(method: Method, engine: str, base: Path, output: Path) -> dict:
 def run_variants(method: Method, engine: str, base: Path) -> dict:
     """The losses of each variant, or the reason why it is refused."""
     found: dict[str, object] = {}
-    for name, changes in variants(engine).items():
+    changed = casts(engine) | (variants(engine) if method in VARIED else {})
+    for name, changes in changed.items():
         with ExitStack() as stack:
             for change in changes:
                 stack.enter_context(change)
@@ -117,16 +117,25 @@ def probe(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=PROBE).logits
 
 
+def casts(engine: str) -> dict[str, list[AbstractContextManager]]:
+    """As `variants`: lower precision, in which engines cast parameters, buffers or both, or the base comes so."""
+    found = {
+        "mixed precision": [patch.dict(os.environ, ACCELERATE_MIXED_PRECISION="bf16")],
+        "bfloat16 base": [base_becomes(PreTrainedModel.bfloat16)],
+    }
+    if engine == "zero3":  # it takes what is trained in one dtype only, of any method, and the head is in the base's
+        in_one_dtype = partial(example.get_peft_model, autocast_adapter_dtype=False)
+        for changes in found.values():
+            changes.append(patch.object(example, "get_peft_model", in_one_dtype))
+    return found
+
+
 def variants(engine: str) -> dict[str, list[AbstractContextManager]]:
     """By name, what to change before training."""
     found = {
         "reentrant": [base_becomes(partial(checkpointed, reentrant=True))],
         "not reentrant": [base_becomes(partial(checkpointed, reentrant=False))],
     }
-    found["mixed precision"] = [patch.dict(os.environ, ACCELERATE_MIXED_PRECISION="bf16")]
-    if engine == "zero3":  # it reads the base in bfloat16, and takes what is trained in one dtype only, of any method
-        in_one_dtype = partial(example.get_peft_model, autocast_adapter_dtype=False)
-        found["mixed precision"].append(patch.object(example, "get_peft_model", in_one_dtype))
     if engine == "ddp":
         found["other weights"] = [base_becomes(other_on_other_processes)]
     if engine == "fsdp2":

@@ -195,11 +195,12 @@ def test_reentrant_checkpoints_are_refused(engine, method):
 
 
 @for_engines()
-@for_varied_methods
-def test_mixed_precision_loses_what_its_rounding_loses(engine, method):
+@for_all_methods
+@pytest.mark.parametrize("cast", ["mixed precision", "bfloat16 base"])
+def test_lower_precision_loses_what_its_rounding_loses(engine, method, cast):
     """FSDP casts parameters and buffers, DeepSpeed the whole model, DDP nothing."""
     for report in engine.reports(method):
-        found, expected = torch.tensor(report["mixed precision"]), torch.tensor(engine.expected(method)["losses"])
+        found, expected = torch.tensor(report[cast]), torch.tensor(engine.expected(method)["losses"])
         assert ((found - expected).abs() <= 8 * torch.finfo(torch.bfloat16).eps * expected).all()
 
 

@@ -363,10 +363,10 @@ def test_generation_prepares_once_a_token(method, times):
 @every_method
 def test_merging_prepares_once(method, times):
     model, _ = moved(method)
-    for act in (model.merge_adapter, model.unmerge_adapter, model.merge_and_unload):
+    for act, expected in ((model.merge_adapter, {1}), (model.unmerge_adapter, set()), (model.merge_and_unload, {1})):
         times.clear()
         act()
-        assert set(times.values()) == {1}
+        assert set(times.values()) == expected  # unmerging puts back what was there
 
 
 @every_method

@@ -73,7 +73,7 @@ def read_config(folder: Path) -> PeftConfig:
             for name, field in (("craft-peft", "craft_peft_version"), ("peft", "peft_version"))
         ]
         raise CraftError(
-            f"{path} has fields that are not known here: {', '.join(map(repr, unknown))}. It was written by "
+            f"{path} has fields that this version does not know: {', '.join(map(repr, unknown))}. It was written by "
             f"{' and '.join(versions)}. Update what is older here."
         )
     for field, pattern in _patterns(found):

@@ -118,6 +118,9 @@ class _FirstPass:
 
     def __init__(self, model: nn.Module) -> None:
         self._called: set[nn.Module] = set()
+        self._wait(model)
+
+    def _wait(self, model: nn.Module) -> None:
         self._handles = [model.register_forward_pre_hook(self._begin)]
 
     def stop(self) -> None:
@@ -132,7 +135,7 @@ class _FirstPass:
         self.stop()
         seen = {module for pair in _layers_and_callers(model).values() for module in pair}
         self._handles = [module.register_forward_hook(self._see) for module in seen]
-        self._handles.append(model.register_forward_hook(self._end))
+        self._handles.append(model.register_forward_hook(self._end, always_call=True))
 
     def _see(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -140,6 +143,9 @@ class _FirstPass:
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self.stop()
+        if output is None:  # the pass was broken off: the next one tells
+            self._wait(model)
+            return
         found = _layers_and_callers(model)
         used = {path_pattern(key) for key, (layer, _) in found.items() if layer in self._called}
         passed_by: dict[str, int] = defaultdict(int)

@@ -76,10 +76,7 @@ def load_adapter(
                     model, empty = _with_adapter(base_model, config, adapter_name, empty=True), True
             except RuntimeError:  # a start that PEFT computes from the weights, as PiSSA's
                 model, empty = _with_adapter(base_model, config, adapter_name, empty=False), False
-            wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-            if set(tensors) - set(wanted) and hasattr(model.get_base_model(), "get_input_embeddings"):
-                # PEFT saves the embeddings beside an adapter, if they have changed
-                wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
+            wanted = _expected(model, adapter_name, tensors)
             tensors = {name: _as_in(wanted.get(name), tensor) for name, tensor in tensors.items()}
             _check_fit(wanted, tensors)
             set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=empty)
@@ -127,6 +124,15 @@ def _with_adapter(base_model: nn.Module, config: PeftConfig, adapter_name: str, 
         return base_model
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     return kind(base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=empty)
+
+
+def _expected(model: PeftModel, adapter_name: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapter has in a file, with the embeddings if they are there: PEFT saves them if they have changed."""
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    if not found.keys() <= expected.keys() and hasattr(model.get_base_model(), "get_input_embeddings"):
+        more = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
+        return more if found.keys() <= more.keys() else expected
+    return expected
 
 
 def _as_in(place: Tensor | None, tensor: Tensor) -> Tensor:
