@@ -27,8 +27,9 @@ help:
 demo: $(VENV)/demo.installed
 	$(OFFLINE) $(BIN)/craft-peft demo $(DEMO_ARGS)
 
+# Files in the order of their names: else the few long tests of some would run alone at the end.
 test: lint
-	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile
+	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Elsewhere `.venv/bin/playwright install chromium`, or any Chromium named by CRAFT_CHROMIUM.
 chromium:

@@ -139,7 +139,10 @@ def test_command_prints_stacks_energy_and_parameters(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ranks", "9,8,8"], "number 1 of `--ranks`, 9, keeps more layer directions than stack 'query' has layers (2)"),
+        (
+            ["--ranks", "9,8,8"],
+            "number 1 of `--ranks`, 9, keeps more layer directions than stack 'query' has layers (2)",
+        ),
         (["--ranks", "2,8"], "three whole numbers"),
         (["--ranks", "2,0,8"], "at least 1"),
         (["--target-modules", "qery"], "Did you mean 'query'?"),

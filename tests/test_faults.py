@@ -5,9 +5,9 @@ import torch
 from laws import ADAPTER_LAWS, MODEL_LAWS
 from method_table import METHODS
 
-from craft_peft.adapters import base as base_module
 from craft_peft.adapters import superlora as superlora_module
 from craft_peft.adapters.base import FactoredStackAdapter
+from craft_peft.adapters.base import adapter as base_module
 from craft_peft.adapters.craft import CraftAdapter
 from craft_peft.adapters.lotr import LotrAdapter
 from craft_peft.adapters.superlora import SuperLoraAdapter
@@ -142,8 +142,10 @@ def keeps_what_it_computed(owner, compute, kept={}):  # noqa: B006 the fault is 
     return kept[owner]
 
 
-def merges_twice(self, sign, name, original=StackedLinear._weight_plus):
-    return self.get_base_layer().weight.data + 2 * (original(self, sign, name) - self.get_base_layer().weight.data)
+def merges_twice(self, *args, original=StackedLinear.merge, **kwargs):
+    original(self, *args, **kwargs)
+    for name in self.merged_adapters:
+        self.get_base_layer().weight.data += self.get_delta_weight(name)
 
 
 def does_not_unmerge(self):
@@ -175,7 +177,7 @@ FAULTS = [
     (PROJECTED, SuperLoraAdapter, "_project", projects_by_repeating),
     (AS_LORA, SuperLoraAdapter, "_thin_pair", takes_the_next_pair),
     (AS_LORA, SuperLoraAdapter, "delta_output", scales_twice),
-    (CRAFT, StackedLinear, "_weight_plus", merges_twice),
+    (CRAFT, StackedLinear, "merge", merges_twice),
     (CRAFT, StackedLinear, "unmerge", does_not_unmerge),
     (CRAFT, layer_module, "oriented", lambda module, matrix: matrix),
 ]
