@@ -119,14 +119,12 @@ def probe(model: torch.nn.Module) -> torch.Tensor:
 
 def casts(engine: str) -> dict[str, list[AbstractContextManager]]:
     """As `variants`: lower precision, in which engines cast parameters, buffers or both, or the base comes so."""
-    found = {
-        "mixed precision": [patch.dict(os.environ, ACCELERATE_MIXED_PRECISION="bf16")],
-        "bfloat16 base": [base_becomes(PreTrainedModel.bfloat16)],
-    }
-    if engine == "zero3":  # it takes what is trained in one dtype only, of any method, and the head is in the base's
+    found = {"mixed precision": [patch.dict(os.environ, ACCELERATE_MIXED_PRECISION="bf16")]}
+    if engine == "zero3":  # it reads the base in bfloat16, and takes what is trained in one dtype only, of any method
         in_one_dtype = partial(example.get_peft_model, autocast_adapter_dtype=False)
-        for changes in found.values():
-            changes.append(patch.object(example, "get_peft_model", in_one_dtype))
+        found["mixed precision"].append(patch.object(example, "get_peft_model", in_one_dtype))
+    else:
+        found["bfloat16 base"] = [base_becomes(PreTrainedModel.bfloat16)]
     return found
 
 

@@ -194,14 +194,23 @@ def test_reentrant_checkpoints_are_refused(engine, method):
         assert 'gradient_checkpointing_kwargs={"use_reentrant": False}' in report["reentrant"]
 
 
-@for_engines()
-@for_all_methods
-@pytest.mark.parametrize("cast", ["mixed precision", "bfloat16 base"])
-def test_lower_precision_loses_what_its_rounding_loses(engine, method, cast):
-    """FSDP casts parameters and buffers, DeepSpeed the whole model, DDP nothing."""
+def assert_lost_in_rounding(engine: Ran, method: Method, cast: str) -> None:
     for report in engine.reports(method):
         found, expected = torch.tensor(report[cast]), torch.tensor(engine.expected(method)["losses"])
         assert ((found - expected).abs() <= 8 * torch.finfo(torch.bfloat16).eps * expected).all()
+
+
+@for_engines()
+@for_all_methods
+def test_mixed_precision_loses_what_its_rounding_loses(engine, method):
+    """FSDP casts parameters and buffers, DeepSpeed the whole model, DDP nothing."""
+    assert_lost_in_rounding(engine, method, "mixed precision")
+
+
+@for_engines("ddp", "fsdp1", "fsdp2")
+@for_all_methods
+def test_a_bfloat16_base_loses_what_its_rounding_loses(engine, method):
+    assert_lost_in_rounding(engine, method, "bfloat16 base")
 
 
 @for_engines("ddp")
