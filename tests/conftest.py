@@ -93,3 +93,11 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_encoder import draw_nothing
 
     draw_nothing(monkeypatch)
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone, for engines that want one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -314,13 +314,6 @@ def test_checkpointing_prepares_once_more(method, reentrant, expected, times):
         assert_close(gradients[1][name], gradient, products=100)
 
 
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @every_method
 @pytest.mark.parametrize(("checkpointing", "expected"), [(False, 1), (True, 2)])
 def test_distributed_data_parallel_prepares_as_often(method, checkpointing, expected, times, process_group):
